@@ -1,0 +1,1 @@
+"""The host side of vocabulary alignment: byte tables, vocabulary maps, spans, targets."""

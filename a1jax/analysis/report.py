@@ -1,0 +1,79 @@
+"""What a run ends with: the table, report.md, results.json and the picture of its curves."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from .. import metrics, provenance
+from . import plots
+
+
+def columns(results: dict[str, Any]) -> list[str]:
+    return ["base", "sft", "sft_continued", *(f"teacher_{d}" for d in results["domains"]), "student"]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header, then per domain one row over all lengths with 95 % intervals and one row per length. Percent."""
+    out = [["domain", "n", *columns(results)]]
+    for domain, facts in results["domains"].items():
+        scores = [results["scores"][c][domain] for c in columns(results)]
+        out.append([domain, str(facts["n"]), *(f"{100 * s['success']:.1f} [{100 * s['low']:.0f}-{100 * s['high']:.0f}]" for s in scores)])
+        for length in scores[0]["by_steps"]:
+            cells = [s["by_steps"][length] for s in scores]
+            out.append([f"  {length} step{'s' if length != '1' else ''}", str(cells[0][1]), *(f"{100 * w / n:.0f}" for w, n in cells)])
+    return out
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table as aligned text, followed by the sentences that the run set out to make true, with their numbers."""
+    cells = rows(results)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    lines.insert(1, "-" * len(lines[0]))
+    head = "Success on held-out tasks in percent, greedy, with 95 % Wilson intervals."
+    return "\n".join([head, "", *lines, "", *findings(results), f"Wall clock: {results['wall_seconds']:.0f} s."])
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """Each target of the run as a line that says what was measured, met or not."""
+    domains, out = results["domains"], []
+
+    def line(met: bool, text: str):
+        out.append(f"[{'met' if met else 'MISSED'}] {text}")
+
+    for d, r in domains.items():
+        line(r["sft"] - r["base"] >= 0.30, f"{d}: SFT beats base by 30 points: {100 * r['base']:.1f} -> {100 * r['sft']:.1f}")
+        line(r["teacher"] > r["sft"], f"{d}: the teacher beats SFT on its own domain: {100 * r['sft']:.1f} -> {100 * r['teacher']:.1f}"
+             + ("" if r["taught_by"] != "sft" else " (not admitted; the SFT model held its place)"))
+    n = len(domains)
+    teachers, student = sum(r["teacher"] for r in domains.values()) / n, sum(r["student"] for r in domains.values()) / n
+    control = sum(r["sft_continued"] for r in domains.values()) / n
+    line(student >= 0.9 * teachers, f"one student reaches 90 % of its teachers' mean: {100 * student:.1f} of {100 * teachers:.1f} ({100 * student / max(teachers, 1e-9):.0f} %)")
+    line(student >= control, f"and is no worse than SFT continued at the same compute: {100 * student:.1f} against {100 * control:.1f}")
+    return out
+
+
+def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
+    """report.md: the table with where its numbers come from."""
+    cells = rows(results)
+    body = ["| " + " | ".join(cells[0]) + " |", "|---|" + "--:|" * (len(cells[0]) - 1), *("| " + " | ".join(row) + " |" for row in cells[1:])]
+    machine = run.get("machine", {})
+    source = (f"`{run.get('command', '?')}`, commit {run.get('commit', '?')}, seed {results['seed']}, {machine.get('cores', '?')} cores "
+              f"({machine.get('processor', '?')}), jax {run.get('versions', {}).get('jax', '?')}, {results['wall_seconds']:.0f} s")
+    stages = [f"- {name}: {facts['steps']} steps, {facts['seconds']:.0f} s" for name, facts in results["stages"].items()]
+    sizes = results["parameters"]
+    return "\n".join([
+        "# Success on held-out tasks, percent", "", *body, "", "Greedy decoding, 95 % Wilson intervals; indented rows are single lengths.", "",
+        *(f"- {text}" for text in findings(results)), "", f"Model: {sizes['total']:,} parameters, {sizes['active']:,} active per token.", "",
+        "## Stages", "", *stages, "", f"From {source}.", "", "![curves](curves.png)", ""])
+
+
+def write(workdir: pathlib.Path, results: dict[str, Any]) -> None:
+    """curves.png, report.md and, last, results.json, which marks the run as finished."""
+    plots.curves(metrics.read(workdir), results, workdir / "curves.png")
+    (workdir / "report.md").write_text(markdown(results, provenance.read(workdir)))
+    part = workdir / "results.part"
+    part.write_text(json.dumps(results, indent=1))
+    part.rename(workdir / "results.json")

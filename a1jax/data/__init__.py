@@ -1,0 +1,1 @@
+"""Tokenizers, chat rendering with masks, trajectories, packing and loading."""

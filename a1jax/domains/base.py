@@ -1,0 +1,191 @@
+"""The knowledge-action graph of one domain (arXiv 2606.30616, section 2.2): corpus, actions, observations, verifiers.
+
+A domain proposes tasks and knows an expert; a task is an environment in pure functions (``reset``, ``step``) with its verifier.
+Everything is seeded: the same (seed, steps, split) gives the same task on every machine. To add a domain: one module with a
+``Task`` and a ``Domain`` subclass, one line in ``domains/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+from ..types import FAILED, FINISHED, Record, Trajectory
+
+Split = Literal["train", "heldout"]
+State = Any
+HELDOUT_SHARE = 5  # one ordered pair of entities in five belongs to the held-out split
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An action: the tool's name and its arguments as parsed from what the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What a tool answered. error: the call was wrong; the text then says why. refs: corpus items it showed."""
+
+    text: str
+    error: bool = False
+    refs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A verifier's verdict on a run. reward is 1.0 or 0.0; reason is one line."""
+
+    accepted: bool
+    reward: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn of an expert: a thought, then either a call or the final answer."""
+
+    thought: str
+    call: Call | None = None
+    answer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """x = (q, d, y*, E_q, V_q): question, domain, answer, evidence needed; the verifier is the method ``verify``.
+
+    steps: hops or operations an expert needs, the length knob. chain: the ordered entity pairs the task walks; pairs of the
+    train split and of the held-out split are disjoint, so held-out tasks share no part of a chain with training ones.
+    """
+
+    domain: str
+    task_id: str
+    steps: int
+    question: str
+    answer: str
+    evidence: tuple[str, ...]
+    chain: tuple[tuple[str, str], ...]
+
+    tools = ()
+
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        return ({"role": "user", "content": self.question},)
+
+    def reset(self) -> State:
+        raise TypeError(f"{type(self).__name__} must define reset")
+
+    def step(self, state: State, call: Call) -> tuple[State, Observation]:
+        raise TypeError(f"{type(self).__name__} must define step")
+
+    def expert(self) -> Generator[Turn, Observation, None]:
+        raise TypeError(f"{type(self).__name__} must define expert")
+
+    def verify(self, trajectory: Trajectory) -> Outcome:
+        raise TypeError(f"{type(self).__name__} must define verify")
+
+    def check_call(self, call: Call) -> str | None:
+        """One line saying what is wrong with a call by the tools' schemas, or None."""
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in self.tools}
+        if call.name not in schemas:
+            return f"error: no tool '{call.name}'; tools are {', '.join(sorted(schemas))}"
+        properties = schemas[call.name]["properties"]
+        for name in schemas[call.name]["required"]:
+            if name not in call.arguments:
+                return f"error: {call.name} needs argument '{name}'"
+        for name, value in call.arguments.items():
+            if name not in properties:
+                return f"error: {call.name} has no argument '{name}'; it takes {', '.join(properties)}"
+            if not isinstance(value, _JSON_TYPES[properties[name]["type"]]) or isinstance(value, bool):
+                return f"error: {call.name}: argument '{name}' must be a {properties[name]['type']}"
+        return None
+
+
+_JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "object": dict, "array": list}
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """A family of tasks. Subclasses add their knobs as fields and define ``propose``."""
+
+    name: str = ""
+
+    def propose(self, seed: int, steps: int, split: Split = "train") -> Task:
+        raise TypeError(f"{type(self).__name__} must define propose")
+
+    def scaffold(self) -> tuple[str, ...]:
+        """Strings its runs repeat word for word; a small tokenizer may give each a symbol of its own."""
+        return ()
+
+
+def tool(name: str, description: str, **arguments: str) -> dict[str, Any]:
+    """An OpenAI-style tool schema; arguments maps each (required) argument to its JSON type."""
+    parameters = {"type": "object", "properties": {k: {"type": v} for k, v in arguments.items()}, "required": list(arguments)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def in_split(a: str, b: str, split: Split) -> bool:
+    """Whether the ordered pair (a, b) belongs to a split. Fixed for ever by the names, whatever the seed."""
+    heldout = zlib.crc32(f"{a}>{b}".encode()) % HELDOUT_SHARE == 0
+    return heldout == (split == "heldout")
+
+
+def call_message(turn_number: int, thought: str, call: Call) -> dict[str, Any]:
+    """The assistant message of a turn that calls a tool."""
+    calls = [{"id": f"call_{turn_number}", "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}]
+    return {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": calls}
+
+
+def tool_message(turn_number: int, name: str, observation: Observation) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call_{turn_number}", "name": name, "content": observation.text}
+
+
+def record(call: Call, observation: Observation) -> Record:
+    """The linked record of one call: state refs are what the arguments and the answer point to in the corpus."""
+    outcome = "schema: refused" if observation.error else None
+    return Record(observation.refs, {"name": call.name, "arguments": dict(call.arguments)}, observation.text, outcome)
+
+
+def final_answer(trajectory: Trajectory) -> str | None:
+    """The text of the last message when it is an assistant's without a call."""
+    last = trajectory.messages[-1] if trajectory.messages else {}
+    if last.get("role") != "assistant" or last.get("tool_calls"):
+        return None
+    return (last.get("content") or "").strip()
+
+
+def solve(task: Task) -> Trajectory:
+    """Let the task's expert act in the real environment; the verifier then judges the run like any other."""
+    state, expert, messages, records = task.reset(), task.expert(), list(task.messages()), []
+    turn, number = next(expert), 0
+    while turn.call is not None:
+        messages.append(call_message(number, turn.thought, turn.call))
+        state, observation = task.step(state, turn.call)
+        messages.append(tool_message(number, turn.call.name, observation))
+        records.append(record(turn.call, observation))
+        turn, number = expert.send(observation), number + 1
+    messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
+    return judge(task, Trajectory(task.domain, task.task_id, tuple(messages), task.tools, tuple(records)))
+
+
+def judge(task: Task, trajectory: Trajectory) -> Trajectory:
+    """The run with the verifier's verdict written into its last record, reward and status. Failed runs are kept too."""
+    outcome = task.verify(trajectory)
+    records = (*trajectory.records, Record(tuple(task.evidence), None, None, outcome.reason))
+    status = FINISHED if outcome.accepted else FAILED
+    return dataclasses.replace(trajectory, records=records, reward=outcome.reward, status=status)
+
+
+def consulted(trajectory: Trajectory) -> set[str]:
+    """Every corpus item some observation of the run showed."""
+    return {ref for r in trajectory.records if r.action is not None for ref in r.state}
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """A short digest of a list of tasks, to prove that two machines evaluate the same ones."""
+    text = json.dumps([(t.task_id, t.question, t.answer) for t in tasks])
+    return f"{zlib.crc32(text.encode()):08x}"

@@ -1,0 +1,160 @@
+"""On-policy distillation by salient vocabulary alignment (SVA), student and teacher sharing one tokenizer.
+
+At every token the student wrote, S is the teacher's k best ids. Both distributions are renormalised on S and compared there
+(arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient need k rows of its output
+matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported unless refused.
+
+    salient  renormalised on S: the paper. Never negative. Zero only if both agree on S.
+    tail     one more class holds the rest on both sides: sees mass outside S, costs the student's log-sum-exp and its gradient.
+    full     the whole vocabulary (k = V): ``distill`` only, as it needs the teacher's hidden states and not its logits on S.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from a1jax.kernels import vocab_align
+from a1jax.losses import divergence as divergences
+from a1jax.losses.full_kl import full_divergence
+from a1jax.types import Metrics
+
+Mode = Literal["salient", "tail", "full"]
+Valid = jax.Array | np.ndarray | None
+
+ABSENT = -1e30  # the logit of a place in S that no id takes: probability 0, and unlike -inf no "0 times inf" in the gradient
+
+
+class TeacherTargets(NamedTuple):
+    """What a teacher says at N tokens. logits float32 [N, k] on the support, falling; support int32 [N, k] ids;
+    logsumexp float32 [N] over its whole vocabulary. Small enough to keep while another teacher takes the device."""
+
+    logits: jax.Array
+    support: jax.Array
+    logsumexp: jax.Array
+
+
+def teacher_targets(hidden: jax.Array, unembed: jax.Array, k: int, block: int, valid: Valid = None) -> TeacherTargets:
+    """The teacher's k best ids per token. hidden [N, D'], unembed [V, D'] of any width D'; valid [V] bool: ids that are tokens.
+
+    No gradient. Raises ValueError when k exceeds the number of valid ids.
+    """
+    return TeacherTargets(*vocab_align.topk(hidden, unembed, k, block, valid))
+
+
+def sva(
+    student_hidden: jax.Array,
+    student_unembed: jax.Array,
+    teacher_logits: jax.Array,
+    support: jax.Array,
+    weights: jax.Array,
+    *,
+    teacher_logsumexp: jax.Array | None = None,
+    mode: Mode = "salient",
+    divergence: divergences.Divergence = "reverse",
+    coverage: bool = True,
+    block: int = 4096,
+    valid: Valid = None,
+) -> tuple[jax.Array, Metrics]:
+    """sum over n of weights[n] * divergence[n], and metrics; gradient to the student's two arrays only.
+
+    student_hidden [N, D]; student_unembed [V, D]; teacher_logits float32 [N, k] at support int32 [N, k] (distinct ids of a
+    token; a logit of -inf marks a place no id takes); weights float32 [N] from ``masked.token_weights``.
+    teacher_logsumexp [N]: mode "tail" only. coverage: False saves the student's log-sum-exp in mode "salient", the only
+    thing there that reads its whole output matrix. block, valid: of that log-sum-exp.
+
+    With p, q the renormalised probabilities, the reverse KL's gradient to the student's logit of u in S is
+    weight * p_u * (log p_u - log q_u - KL), and zero outside S (vocabulary_alignment.md, section 3).
+
+    Metrics over tokens with a weight (plain means): distill/kl, distill/teacher_entropy (of q: in nats, on the classes
+    compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number).
+    Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, and shapes that do not match.
+    """
+    _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp)
+    term = divergences.term(divergence)
+    teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
+    present = jnp.logical_not(jnp.isneginf(teacher_logits))
+    teacher = jnp.where(present, teacher_logits, ABSENT)
+    student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0))
+    student = jnp.where(present, student, ABSENT)
+    on_support = jax.nn.logsumexp(student, axis=1)
+    if mode == "tail" or coverage:
+        arrays = (student_hidden, student_unembed) if mode == "tail" else lax.stop_gradient((student_hidden, student_unembed))
+        everything = vocab_align.logsumexp(*arrays, block, valid)
+
+    if mode == "tail":
+        ours = _with_rest(student, on_support, everything)
+        theirs = _with_rest(teacher, jax.nn.logsumexp(teacher, axis=1), lax.stop_gradient(teacher_logsumexp))
+    else:
+        ours = student - on_support[:, None]
+        theirs = jax.nn.log_softmax(teacher, axis=1)
+    value = jnp.sum(term(ours, theirs), axis=1)
+    entropy = -jnp.sum(jnp.exp(theirs) * theirs, axis=1)
+    extra = {"coverage": jnp.exp(on_support - everything)} if coverage else {}
+    return _reduce(value, weights, teacher_entropy=entropy, **extra)
+
+
+def distill(
+    student_hidden: jax.Array,
+    student_unembed: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_unembed: jax.Array,
+    weights: jax.Array,
+    *,
+    k: int = 128,
+    mode: Mode = "salient",
+    divergence: divergences.Divergence = "reverse",
+    coverage: bool = True,
+    block: int = 4096,
+    valid: Valid = None,
+) -> tuple[jax.Array, Metrics]:
+    """``teacher_targets`` and ``sva`` in one, and the only way to mode "full"; arguments and errors are theirs.
+
+    teacher_hidden [N, D'] and teacher_unembed [V, D'] may have another width than the student's. In mode "full" k and
+    coverage are not read (all of V is covered) and there is no metric distill/coverage.
+    """
+    if mode == "full":
+        arrays = (student_hidden, student_unembed, teacher_hidden, teacher_unembed)
+        value, entropy = full_divergence(*arrays, block, divergence, valid)
+        return _reduce(value, weights, teacher_entropy=entropy)
+    targets = teacher_targets(teacher_hidden, teacher_unembed, k, block, valid)
+    return sva(
+        student_hidden, student_unembed, targets.logits, targets.support, weights, teacher_logsumexp=targets.logsumexp,
+        mode=mode, divergence=divergence, coverage=coverage, block=block, valid=valid,
+    )  # fmt: skip
+
+
+def _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}, choose one of {', '.join(get_args(Mode))}")
+    if mode == "full":
+        raise ValueError("mode 'full' compares all of the vocabulary: call distill with the teacher's hidden states")
+    if mode == "tail" and teacher_logsumexp is None:
+        raise ValueError("mode 'tail' needs teacher_logsumexp, the third part of teacher_targets")
+    tokens = student_hidden.shape[0]
+    if teacher_logits.shape != support.shape or support.shape[0] != tokens or weights.shape != (tokens,):
+        raise ValueError(
+            f"teacher_logits {teacher_logits.shape}, support {support.shape} and weights {weights.shape} "
+            f"must be [{tokens}, k], [{tokens}, k] and [{tokens}]"
+        )
+
+
+def _with_rest(logits: jax.Array, on_support: jax.Array, everything: jax.Array) -> jax.Array:
+    """[N, k + 1] log-probabilities: un-renormalised on S, then what S leaves over."""
+    rest = divergences.log_rest(on_support - everything)
+    return jnp.concatenate([logits - everything[:, None], rest[:, None]], axis=1)
+
+
+def _reduce(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The weighted sum, and plain means over the tokens that have a weight."""
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    counts = weights != 0
+    value = jnp.where(counts, value, 0.0)
+    count = jnp.sum(counts.astype(jnp.float32))
+    some = jnp.maximum(count, 1.0)
+    means = {f"distill/{name}": jnp.sum(jnp.where(counts, x, 0.0)) / some for name, x in {"kl": value, **per_token}.items()}
+    return jnp.sum(weights * value), {**lax.stop_gradient(means), "distill/tokens": count}

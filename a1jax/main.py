@@ -1,0 +1,111 @@
+"""The command line: parse and dispatch. ``a1jax run FILE[:arg]`` and ``a1jax prepare SRC... --out DIR --tokenizer PATH``.
+
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
+Imports are inside the functions, so that ``--help`` does not wait for jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from a1jax import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. argv: the words after ``a1jax``, by default those of the process."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
+    try:
+        return run(args, words) if args.command == "run" else prepare(args)
+    except ValueError as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        print(f"a1jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("a1jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Loads, overrides and checks the config, then calls ``cfg.main(cfg, workdir)``. Writes nothing before all of that is good."""
+    from a1jax import config, config_files, provenance
+
+    cfg = config.override(config.load(args.file), args.set)
+    config.check(cfg)
+    for name, kind in (("name", str), ("main", config.Binding)):
+        if not isinstance(getattr(cfg, name, None), kind):
+            raise config.ConfigError(f"{args.file}: its config needs a field {name!r} holding a {kind.__name__}")
+    config_files.source(cfg)  # refuses a config that could not be saved
+    workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / cfg.name)
+    _refuse_another_run(cfg, workdir)
+    entry = provenance.collect(words, getattr(cfg, "seed", None))
+
+    config.save(cfg, workdir / "config.py")
+    provenance.start(workdir, entry)
+    try:
+        cfg.main(cfg, workdir)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
+        raise
+    provenance.finish(workdir, "finished")
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Turns trajectory files into a dataset folder and prints what was read and what was left out."""
+    from a1jax.data import prepare as prepare_data
+
+    print(prepare_data.prepare(args.sources, args.out, args.tokenizer, args.strict))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="a1jax", description="Trains long-horizon agents in three stages.")
+    parser.add_argument("--version", action="version", version=f"a1jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    each = commands.add_parser("run", help="run an experiment file or go on with it", description="Runs or goes on with an experiment.")
+    each.add_argument("file", metavar="FILE[:arg]", help="a Python file with get_config(arg), or the config.py of an earlier run")
+    each.add_argument("--workdir", metavar="DIR", help="where the run keeps everything (default: runs/<name of the experiment>)")
+    each.add_argument(
+        "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
+    )
+    each = commands.add_parser("prepare", help="turn trajectories into a dataset", description="Turns trajectories into a dataset.")
+    each.add_argument("sources", metavar="SRC", nargs="+", help="trajectory files (.jsonl, .jsonl.gz) or folders of them")
+    each.add_argument("--out", metavar="DIR", required=True, help="folder of the dataset")
+    each.add_argument("--tokenizer", metavar="PATH", required=True, help="a sentencepiece model or a tokenizer.json")
+    each.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used, instead of counting it")
+    return parser
+
+
+def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
+    """Raises ConfigError where ``workdir`` is not a folder or holds a run of another config."""
+    from a1jax import config
+
+    saved = workdir / "config.py"
+    if workdir.exists() and not workdir.is_dir():
+        raise config.ConfigError(f"{workdir}: not a folder; choose another --workdir")
+    if not saved.exists():
+        return
+    try:
+        before = config.load(str(saved))
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{workdir}: its config cannot be compared ({error}); choose another --workdir") from error
+    lines = config.diff(before, cfg)
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise config.ConfigError(f"{workdir}: holds a run of another config ({'; '.join(lines[:3])}{more}); choose another --workdir")
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The errors that are the user's. A module that was never imported raised nothing."""
+    found = (("a1jax.config", "ConfigError"), ("a1jax.data.errors", "DataError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in found if module in sys.modules)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

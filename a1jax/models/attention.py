@@ -1,0 +1,118 @@
+"""Gated full attention: per-head q/k norm, rotation of the first part of the head, grouped heads, sigmoid output gate."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from a1jax.models.config import ModelConfig
+from a1jax.models.layers import linear, matrix, norm_weight, rms_norm, rotate
+from a1jax.params import ParamSpec
+from a1jax.sharding import constrain
+
+MASKED = -1e30  # not -inf: finite arithmetic everywhere, and exp of it is exactly 0
+
+
+def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """HF `self_attn.{q,k,v,o}_proj.weight` are these transposed; q_proj's output is [heads, (query, gate), head_dim] as in HF."""
+    heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    return {
+        "q_proj": matrix(cfg, (cfg.d_model, 2 * heads), ("embed", "heads")),
+        "k_proj": matrix(cfg, (cfg.d_model, kv), ("embed", "kv_heads")),
+        "v_proj": matrix(cfg, (cfg.d_model, kv), ("embed", "kv_heads")),
+        "o_proj": matrix(cfg, (heads, cfg.d_model), ("heads", "embed"), to_residual=True),
+        "q_norm": norm_weight(cfg, cfg.head_dim, cfg.q_norm_scale),
+        "k_norm": norm_weight(cfg, cfg.head_dim),
+    }
+
+
+def project(p: dict, x: jax.Array, cos: jax.Array, sin: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """x [..., D] -> query [..., H, F], key and value [..., K, F], gate [..., H * F]; normed and rotated."""
+    lead = x.shape[:-1]
+    q, gate = jnp.split(linear(x, p["q_proj"]).reshape(*lead, cfg.num_heads, 2 * cfg.head_dim), 2, axis=-1)
+    k = linear(x, p["k_proj"]).reshape(*lead, cfg.num_kv_heads, cfg.head_dim)
+    v = linear(x, p["v_proj"]).reshape(*lead, cfg.num_kv_heads, cfg.head_dim)
+    q = rotate(rms_norm(q, p["q_norm"], cfg.norm_eps), cos, sin)
+    k = rotate(rms_norm(k, p["k_norm"], cfg.norm_eps), cos, sin)
+    return q, k, v, gate.reshape(*lead, cfg.num_heads * cfg.head_dim)
+
+
+def output(p: dict, mixed: jax.Array, gate: jax.Array) -> jax.Array:
+    """Sigmoid gate, then the output projection: mixed and gate [..., H * F] -> [..., D]."""
+    return linear(mixed * jax.nn.sigmoid(gate), p["o_proj"])
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(F)) v with grouped heads: q [B, T, H, F], k and v [B, S, K, F], mask [B, T, S] -> [B, T, H * F].
+
+    Every row of the mask must allow one key. Scores and softmax are float32: bfloat16 scores would round probabilities by a percent.
+    """
+    (b, t, h, f), kv = q.shape, k.shape[2]
+    q = jnp.moveaxis(q.reshape(b, t, kv, h // kv, f), 1, 3).reshape(b, kv, -1, f)  # heads of a group become rows
+    out = _attend(q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), mask)
+    return jnp.moveaxis(out.reshape(b, kv, h // kv, t, f), 3, 1).reshape(b, t, h * f)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, mask):
+    return _attend_forward(q, k, v, mask)[0]
+
+
+def _attend_forward(q, k, v, mask):
+    """q [B, K, R T, F], k and v [B, K, S, F], mask [B, T, S]. The division by the sum is left to the output: F columns, not S."""
+    (b, kv, rows, f), s = q.shape, k.shape[2]
+    scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32) * f**-0.5
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, kv, -1, *mask.shape[1:]), MASKED).reshape(b, kv, rows, s)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    out = (jnp.matmul(weights, v, preferred_element_type=jnp.float32) * inverse).astype(v.dtype)
+    return out, (q, k, v, weights, inverse, out)
+
+
+def _attend_backward(residual, g):
+    # Written out for two savings: the softmax's row sum is that of g * out, F columns and not S, and every matmul that sums over rows
+    # has the narrow operand on its left, which is the one a CPU transposes.
+    q, k, v, weights, inverse, out = residual
+    g32 = g.astype(jnp.float32) * inverse
+    row_sum = jnp.sum(g32 * out.astype(jnp.float32), axis=-1, keepdims=True)
+    g = g32.astype(v.dtype)
+    scores = jnp.matmul(g, jnp.swapaxes(v, 2, 3), preferred_element_type=jnp.float32)
+    scores = (weights * ((scores - row_sum) * q.shape[-1] ** -0.5)).astype(q.dtype)
+    dk = jnp.swapaxes(jnp.matmul(jnp.swapaxes(q, 2, 3), scores), 2, 3)
+    dv = jnp.swapaxes(jnp.matmul(jnp.swapaxes(g, 2, 3), weights), 2, 3)
+    return jnp.matmul(scores, k), dk, dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, runs: jax.Array, chunk: int) -> jax.Array:
+    """attend() to earlier tokens of the same run. chunk > 0: that many query rows at a time, computed again in the backward
+    pass, so that scores never exceed [B, H, chunk, T]; T is padded up to a multiple of it."""
+    t = q.shape[1]
+    columns = jnp.arange(t)
+
+    def rows(start, q, runs_q):
+        causal = (start + jnp.arange(q.shape[1]))[:, None] >= columns[None]
+        return attend(q, k, v, causal[None] & (runs_q[:, :, None] == runs[:, None]))
+
+    if not chunk or chunk >= t:
+        return rows(0, q, runs)
+    n = -(-t // chunk)
+    pad = ((0, 0), (0, n * chunk - t))
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], n, chunk, *x.shape[2:]), 1, 0)
+
+    starts = jnp.arange(n) * chunk  # a padded row sees the last run's keys: harmless, it is cut off below
+    padded = split(jnp.pad(q, (*pad, (0, 0), (0, 0)))), split(jnp.pad(runs, pad, mode="edge"))
+    out = jax.lax.map(lambda xs: jax.checkpoint(rows)(*xs), (starts, *padded))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n * chunk, -1)[:, :t]
+
+
+def apply(p: dict, x: jax.Array, runs: jax.Array, cos: jax.Array, sin: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
+    q, k, v, gate = project(p, x, cos, sin, cfg)
+    q = constrain(q, "batch", "length", "heads", None)
+    return output(p, causal_attention(q, k, v, runs, cfg.attention_chunk), gate)

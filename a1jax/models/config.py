@@ -1,0 +1,144 @@
+"""The model's configuration: every size, every switch, and the configurations that have a name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from a1jax.config import ConfigError
+
+CHOICES = {
+    "remat": ("none", "block"),
+    "moe": ("dense", "ragged"),
+    "conv_init": ("normal", "uniform"),
+    "decay_init": ("reference", "spread"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes default to Qwen3.5-35B-A3B (config.json of the HF release). Raises ConfigError when sizes do not fit together."""
+
+    vocab_size: int = 248_320  # ids; rows of the embedding and of the unembedding
+    d_model: int = 2048  # width of the residual stream
+    num_layers: int = 40  # a multiple of full_attention_interval
+    full_attention_interval: int = 4  # every n-th layer is full attention, the others are gated delta nets; 1: attention only
+    num_heads: int = 16  # query heads of full attention
+    num_kv_heads: int = 2  # key/value heads; divides num_heads; the cache grows with it
+    head_dim: int = 256  # width of one attention head
+    rotary_fraction: float = 0.25  # leading part of the head that rotates with the position; the rest is position-free
+    rope_theta: float = 1e7  # longest wavelength of the rotation, in positions / (2 pi)
+    linear_num_key_heads: int = 16  # query and key heads of the gated delta net
+    linear_num_value_heads: int = 32  # value heads, one recurrent state each; a multiple of the key heads
+    linear_key_head_dim: int = 128  # rows of one recurrent state
+    linear_value_head_dim: int = 128  # columns of one recurrent state
+    conv_width: int = 4  # taps of the causal convolution before the delta rule: the token itself and width - 1 before it
+    num_experts: int = 256  # routed experts per layer; a multiple of expert x fsdp x tensor of the mesh
+    num_experts_active: int = 8  # routed experts per token
+    expert_width: int = 512  # hidden width of one routed expert
+    shared_expert_width: int = 512  # hidden width of the expert every token uses, behind a sigmoid gate
+    norm_eps: float = 1e-6  # added to the mean square before the root
+    tie_embeddings: bool = False  # True: the embedding is also the unembedding, no lm_head
+    scale_embeddings: bool = False  # True: token embeddings times sqrt(d_model), for tied tables drawn with std 1/sqrt(d_model)
+    load_balance_coef: float = 1e-3  # weight of the load-balance loss in aux["loss"]; balanced routing has a loss of num_experts_active
+    z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2) in aux["loss"]; holds the router logits small
+    remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass
+    delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
+    attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
+    moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; "dense": every expert on every token, best for few experts on CPU
+    compute_dtype: str = "bfloat16"  # of activations and matmuls; softmax, router, norms and recurrence stay float32
+    param_dtype: str = "float32"  # of stored parameters and their gradients
+    init_std: float = 0.02  # std of weight matrices and of the embedding; 0: 1/sqrt(fan in), which small models need
+    conv_init: str = "normal"  # taps: "normal" with init_std (0.02 when that is 0), as the reference; "uniform" on (-0.5, 0.5)
+    decay_init: str = "reference"  # "reference": A uniform on (0.01, 16), dt bias 1; "spread": A from 0.002 to 0.2, dt bias 0: long memories
+    q_norm_scale: float = 1.0  # initial scale of normalised queries; 1.5 sharpens attention of small models from the start
+    scale_output_init: bool = False  # True: matrices that write to the residual stream start smaller by sqrt(2 L)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and field.name != "attention_chunk" and value < 1:
+                raise ConfigError(f"ModelConfig.{field.name} is {value}: give a number of at least 1")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"ModelConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for whole, part in (
+            ("num_layers", "full_attention_interval"),
+            ("num_heads", "num_kv_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ConfigError(f"ModelConfig.{whole} is {getattr(self, whole)}: make it a multiple of {part} = {getattr(self, part)}")
+        if self.num_experts_active > self.num_experts:
+            raise ConfigError(f"ModelConfig.num_experts_active is {self.num_experts_active}: at most num_experts = {self.num_experts}")
+        if self.delta_chunk & (self.delta_chunk - 1):
+            raise ConfigError(f"ModelConfig.delta_chunk is {self.delta_chunk}: make it a power of two")
+        if self.attention_chunk < 0:
+            raise ConfigError(f"ModelConfig.attention_chunk is {self.attention_chunk}: give 0 (all rows at once) or a number of rows")
+        if not 0 < self.rotary_fraction <= 1 or self.rotary_dim % 2:
+            raise ConfigError(f"ModelConfig.rotary_fraction is {self.rotary_fraction}: rotary width {self.rotary_dim} must be even, in (0, head_dim]")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers // self.full_attention_interval
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def linear_key_dim(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_value_dim(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute_dtype)
+
+    def is_full_attention(self, layer: int) -> bool:
+        return (layer + 1) % self.full_attention_interval == 0
+
+
+def qwen3_5_35b_a3b(**changes) -> ModelConfig:
+    """Qwen3.5-35B-A3B, text part: the base model of Agents-A1."""
+    return dataclasses.replace(ModelConfig(remat="block", attention_chunk=512), **changes)
+
+
+def _small(**changes) -> ModelConfig:
+    """The faithful layers with the initialisation and chunk that let a small model learn in minutes on a CPU."""
+    return dataclasses.replace(
+        ModelConfig(
+            vocab_size=768, d_model=64, num_layers=2, full_attention_interval=2, num_heads=2, num_kv_heads=2, head_dim=32, rope_theta=1e4,
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32, linear_value_head_dim=32,
+            num_experts=8, num_experts_active=2, expert_width=64, shared_expert_width=64, tie_embeddings=True, scale_embeddings=True,
+            load_balance_coef=1e-2, delta_chunk=16, moe="dense", compute_dtype="float32", init_std=0.0, conv_init="uniform",
+            decay_init="spread", q_norm_scale=1.5, scale_output_init=True,
+        ),  # fmt: skip
+        **changes,
+    )
+
+
+def tiny(**changes) -> ModelConfig:
+    """One gated delta net and one attention layer at width 64: learns the built-in domains in minutes on one core."""
+    return _small(**changes)
+
+
+def tiny_deep(**changes) -> ModelConfig:
+    """The reference's pattern of three gated delta nets and one attention layer, at width 64."""
+    return _small(**{"num_layers": 4, "full_attention_interval": 4, **changes})
+
+
+def small(**changes) -> ModelConfig:
+    """Width 128, four layers, twice the heads: for the question whether size or training length sets the horizon."""
+    sizes = {"d_model": 128, "num_layers": 4, "num_heads": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 4, "expert_width": 128,
+             "shared_expert_width": 128}  # fmt: skip
+    return _small(**{**sizes, **changes})
+
+
+NAMED = {"qwen3_5_35b_a3b": qwen3_5_35b_a3b, "tiny": tiny, "tiny_deep": tiny_deep, "small": small}

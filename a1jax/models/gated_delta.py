@@ -1,0 +1,180 @@
+"""Gated delta net (arXiv 2412.06464): projections, causal convolution, the delta rule in chunks, gated norm.
+
+Per head and token:  S <- exp(g) S;  S <- S + beta k (v - k^T S);  o = q^T S / sqrt(key dim).  Chunks follow arXiv 2406.06484 (UT transform).
+Borders: ``runs`` numbers the contiguous runs of one segment. Nothing crosses from run to run: not the convolution's window, not the
+pairs inside a chunk, and the state a chunk starts from is read and kept only by tokens of the run that was open there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from a1jax.models.config import ModelConfig
+from a1jax.models.layers import causal_conv, conv_step, conv_weight, l2_normalise, linear, matrix, rms_norm_gated
+from a1jax.params import ParamSpec, constant, log_spread, log_uniform
+from a1jax.sharding import constrain
+
+
+def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """HF `linear_attn.*`: projections are these transposed, `conv1d.weight` [channels, 1, W] is conv1d [W, channels] transposed,
+    the others are the same. in_proj_qkv and the convolution hold q, k, v side by side, as in HF."""
+    heads, channels = cfg.linear_num_value_heads, 2 * cfg.linear_key_dim + cfg.linear_value_dim
+    spread = cfg.decay_init == "spread"
+    return {
+        "in_proj_qkv": matrix(cfg, (cfg.d_model, channels), ("embed", "linear_qkv")),
+        "in_proj_z": matrix(cfg, (cfg.d_model, cfg.linear_value_dim), ("embed", "linear_heads")),
+        "in_proj_b": matrix(cfg, (cfg.d_model, heads), ("embed", "linear_heads")),
+        "in_proj_a": matrix(cfg, (cfg.d_model, heads), ("embed", "linear_heads")),
+        "conv1d": conv_weight(cfg, channels, "linear_qkv"),
+        "dt_bias": ParamSpec((heads,), ("linear_heads",), constant(0.0 if spread else 1.0), cfg.param_dtype),
+        "A_log": ParamSpec((heads,), ("linear_heads",), log_spread(0.002, 0.2) if spread else log_uniform(0.01, 16.0), cfg.param_dtype),
+        "norm": ParamSpec((cfg.linear_value_head_dim,), ("norm",), constant(1.0), cfg.param_dtype),
+        "out_proj": matrix(cfg, (cfg.linear_value_dim, cfg.d_model), ("linear_heads", "embed"), to_residual=True),
+    }
+
+
+def split_heads(qkv: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[..., channels] -> q and k [..., key heads, key dim], l2-normalised, q over sqrt(key dim), float32; v [..., H, value dim], float32."""
+    q, k, v = jnp.split(qkv, [cfg.linear_key_dim, 2 * cfg.linear_key_dim], axis=-1)
+    q, k = (x.reshape(*x.shape[:-1], cfg.linear_num_key_heads, cfg.linear_key_head_dim) for x in (q, k))
+    v = v.reshape(*v.shape[:-1], cfg.linear_num_value_heads, cfg.linear_value_head_dim)
+    return l2_normalise(q) * cfg.linear_key_head_dim**-0.5, l2_normalise(k), v.astype(jnp.float32)
+
+
+def gates(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] -> log decay g <= 0 and write strength beta in (0, 1), both float32 [..., H]: decays multiply over thousands of tokens."""
+    a = linear(x, p["in_proj_a"]).astype(jnp.float32)
+    b = linear(x, p["in_proj_b"]).astype(jnp.float32)
+    lead = (1,) * (x.ndim - 1) + (-1,)
+    g = -jnp.exp(p["A_log"].astype(jnp.float32)).reshape(lead) * jax.nn.softplus(a + p["dt_bias"].astype(jnp.float32).reshape(lead))
+    return g, jax.nn.sigmoid(b)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: jax.Array) -> jax.Array:
+    """(I + a)^-1 for strictly lower triangular a [..., C, C], C a power of two.
+
+    Doubles the inverted diagonal blocks: for [[P, 0], [R, Q]] the inverse has -Q^-1 R P^-1 below, so log2(C) - 1 steps of two
+    full matmuls do it. As many as squaring (I - a)(I + a^2)(I + a^4)..., whose powers cancel catastrophically for similar keys.
+    """
+    c = a.shape[-1]
+    row, column = jnp.arange(c)[:, None], jnp.arange(c)[None]
+
+    def below(size):  # the lower left quarter of every diagonal block of 2 * size
+        inside = (row // (2 * size) == column // (2 * size)) & (row // size % 2 == 1) & (column // size % 2 == 0)
+        return jnp.where(inside.reshape((1,) * (a.ndim - 2) + (c, c)), a, 0)
+
+    inverse = jnp.broadcast_to(jnp.eye(c, dtype=a.dtype), a.shape)
+    size = 1
+    while size < c:
+        update = below(size) if size == 1 else _matmul(_matmul(inverse, below(size)), inverse)
+        inverse, size = inverse - update, 2 * size
+    return inverse
+
+
+def _matmul(a, b):
+    # Full float32 also where the default is bfloat16 passes: errors of the inverse reach every later token of the run.
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _inverse_forward(a):
+    inverse = unit_lower_inverse(a)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse, cotangent):
+    transposed = jnp.swapaxes(inverse, -1, -2)
+    return (-_matmul(_matmul(transposed, cotangent), transposed),)
+
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def delta_rule(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, beta: jax.Array, runs: jax.Array, chunk: int) -> jax.Array:
+    """The gated delta rule in chunks, float32, state zero at the start of every run.
+
+    q, k [B, T, key heads, key dim], v [B, T, H, value dim], g, beta [B, T, H], runs int32 [B, T] -> [B, T, H, value dim].
+    Value heads h of one key head are consecutive. chunk: a power of two; T is padded up to a multiple of it.
+    """
+    b, t, heads, _ = v.shape
+    repeat = heads // k.shape[2]
+    n = -(-t // chunk)
+    extra = n * chunk - t
+
+    def chunks(x):  # [B, T, heads, ...] -> [N, B, heads, C, ...]: every matmul below then has its batch in front
+        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2)).reshape(b, n, chunk, *x.shape[2:])
+        return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
+
+    def per_head(x):
+        return x if repeat == 1 else jnp.repeat(x, repeat, axis=2)
+
+    q, k, v, g, beta = chunks(q), chunks(k), chunks(v), chunks(g), chunks(beta)
+    padded = jnp.pad(runs, ((0, 0), (0, extra)), constant_values=-1)  # padding is a run of its own
+    runs = jnp.moveaxis(padded.reshape(b, n, chunk), 1, 0)[:, :, None]  # [N, B, 1, C]
+    before = jnp.concatenate([jnp.full_like(runs[:1, ..., -1:], -2), runs[:-1, ..., -1:]])  # run open at the chunk's start
+    is_open = (runs == before).astype(jnp.float32)
+
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
+    visible = (runs[..., :, None] == runs[..., None, :]) & lower  # [N, B, 1, C, C]
+    total = jnp.matmul(visible.astype(jnp.float32), g[..., None])[..., 0]  # log decay since the run (or the chunk) began
+    pair = jnp.exp(jnp.where(visible, total[..., :, None] - total[..., None, :], -jnp.inf))
+    keys_t = jnp.swapaxes(k, -1, -2)
+    inverse = unit_lower_inverse(jnp.where(jnp.eye(chunk, dtype=bool)[None, None, None], 0, per_head(k @ keys_t) * pair) * beta[..., None])
+    within = per_head(q @ keys_t) * pair
+    q, k = per_head(q), per_head(k)
+    from_state = (jnp.exp(total) * is_open)[..., None]
+    written = inverse @ (v * beta[..., None])
+    erased = inverse @ (k * (beta[..., None] * from_state))
+    read = q * from_state
+    kept = jnp.swapaxes(k * pair[..., -1, :, None], -1, -2)  # the last row of pair: decay to the chunk's end, 0 for closed runs
+    carried = from_state[..., -1:, :]
+
+    def step(state, xs):
+        written, erased, read, within, kept, carried = xs
+        new = written - erased @ state
+        return carried * state + kept @ new, read @ state + within @ new
+
+    state = jnp.zeros((b, heads, k.shape[-1], v.shape[-1]), jnp.float32)
+    _, out = jax.lax.scan(step, state, (written, erased, read, within, kept, carried))
+    out = jnp.moveaxis(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, N, C, H, value dim]
+    return out.reshape(b, n * chunk, heads, -1)[:, :t]
+
+
+def output(p: dict, out: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Norm per head gated by x's z projection, then the output projection: out [..., H, value dim], x [..., D] -> [..., D]."""
+    z = linear(x, p["in_proj_z"]).reshape(out.shape)
+    out = rms_norm_gated(out.astype(x.dtype), p["norm"], z, cfg.norm_eps)
+    return linear(out.reshape(*x.shape[:-1], -1), p["out_proj"])
+
+
+def apply(p: dict, x: jax.Array, runs: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """x [B, T, D], runs int32 [B, T] -> [B, T, D]."""
+    with jax.named_scope("conv"):
+        q, k, v = split_heads(causal_conv(linear(x, p["in_proj_qkv"]), p["conv1d"], runs), cfg)
+    g, beta = gates(p, x)
+    q, k, v = (constrain(y, "batch", "length", "linear_heads", None) for y in (q, k, v))
+    with jax.named_scope("delta_rule"):
+        out = delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)
+    return output(p, out, x, cfg)
+
+
+def step(
+    p: dict, x: jax.Array, window: jax.Array, state: jax.Array, reset: jax.Array, active: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token: x [B, D], window [B, W - 1, channels], state float32 [B, H, key dim, value dim] -> (out [B, D], window, state).
+
+    reset and active, bool [B], act through decay and write strength, so that the state is passed over once: decay 0 forgets it, decay 1
+    with strength 0 keeps it bit for bit.
+    """
+    qkv, window = conv_step(window, linear(x, p["in_proj_qkv"]), p["conv1d"])
+    q, k, v = split_heads(qkv, cfg)
+    g, beta = gates(p, x)
+    decay = jnp.where(active[:, None], jnp.where(reset[:, None], 0.0, jnp.exp(g)), 1.0)
+    beta = jnp.where(active[:, None], beta, 0.0)
+    repeat = v.shape[1] // k.shape[1]
+    q, k = (y if repeat == 1 else jnp.repeat(y, repeat, axis=1) for y in (q, k))
+    recalled = decay[..., None] * jnp.sum(state * k[..., None], axis=-2)
+    delta = beta[..., None] * (v - recalled)
+    state = state * decay[..., None, None] + k[..., None] * delta[..., None, :]
+    return output(p, jnp.sum(state * q[..., None], axis=-2), x, cfg), window, state

@@ -1,0 +1,111 @@
+"""The whole model: specs of its parameters, the forward pass to hidden states, and logits where someone asks for them.
+
+Parameters (HF names in brackets; HF linear weights are [out, in], ours (in, out)):
+
+    embed_tokens [V, D]                       [model.embed_tokens.weight]
+    blocks.<j>.<name>  leaf [N, ...]          [model.layers.<n * interval + j>.<name>]; j in 0 .. interval - 1, the last is attention
+        input_layernorm, post_attention_layernorm [D]; linear_attn.* or self_attn.*; mlp.*: see specs() of those modules
+    norm [D]                                  [model.norm.weight]
+    lm_head [V, D], only when not tied        [lm_head.weight]
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from a1jax.models import attention, gated_delta, moe
+from a1jax.models.config import ModelConfig
+from a1jax.models.layers import embed, norm_weight, rms_norm, rotary_angles
+from a1jax.params import ParamSpec, count, normal, stack
+from a1jax.sharding import constrain
+
+
+def specs(cfg: ModelConfig) -> dict:
+    """Tree of ParamSpec for params.init, abstract, shardings and count."""
+    table = ParamSpec((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal(cfg.init_std or cfg.d_model**-0.5), cfg.param_dtype)
+    blocks = {str(j): stack(layer_specs(cfg, cfg.is_full_attention(j)), cfg.num_blocks) for j in range(cfg.full_attention_interval)}
+    tree = {"embed_tokens": table, "blocks": blocks, "norm": norm_weight(cfg, cfg.d_model)}
+    return tree if cfg.tie_embeddings else {**tree, "lm_head": table}
+
+
+def layer_specs(cfg: ModelConfig, full_attention: bool) -> dict:
+    mixer = {"self_attn": attention.specs(cfg)} if full_attention else {"linear_attn": gated_delta.specs(cfg)}
+    norms = {"input_layernorm": norm_weight(cfg, cfg.d_model), "post_attention_layernorm": norm_weight(cfg, cfg.d_model)}
+    return {**norms, **mixer, "mlp": moe.specs(cfg)}
+
+
+def parameter_counts(cfg: ModelConfig) -> tuple[int, int]:
+    """(all parameters, parameters a token uses): the second without the experts it is not routed to, embeddings included."""
+    total, expert = count(specs(cfg)), count(moe.specs(cfg)["experts"]) // cfg.num_experts
+    return total, total - cfg.num_layers * (cfg.num_experts - cfg.num_experts_active) * expert
+
+
+def number_runs(segment_ids: jax.Array) -> jax.Array:
+    """int32 [B, T]: numbers contiguous runs of one segment id 0, 1, ... along a row. Padding (id 0) is a run like any other, so an id
+    that comes back, or padding in the middle, joins nothing."""
+    border = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(border, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def apply(params: dict, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, dict]:
+    """Forward pass: tokens, positions, segment_ids int32 [B, T] -> (hidden [B, T, D] after the final norm, aux).
+
+    aux: "loss" float32, the router losses times their coefficients, to be added to the loss; "router/load_balance", "router/z",
+    "router/entropy" (nats), means over layers; "router/max_load", the busiest expert's load over the balanced one; "load" [L, E], share
+    of pairs per expert. Padding (segment 0) counts in none of them.
+    """
+    runs, valid = number_runs(segment_ids), segment_ids > 0
+    cos, sin = rotary_angles(positions, cfg.rotary_dim, cfg.rope_theta)
+    with jax.named_scope("embed"):
+        x = constrain(embed(params["embed_tokens"], tokens, cfg), "batch", "length", "hidden")
+
+    def block(x, p):
+        return apply_block(p, x, runs, valid, cos, sin, cfg)
+
+    if cfg.remat == "block":
+        # The scan keeps forward and backward apart already, so the barrier against common subexpressions would only cost.
+        block = jax.checkpoint(block, prevent_cse=False)
+    x, statistics = jax.lax.scan(block, x, params["blocks"])
+    with jax.named_scope("norm"):
+        hidden = rms_norm(x, params["norm"], cfg.norm_eps)
+    return hidden, summarise(statistics, cfg)
+
+
+def apply_block(p: dict, x: jax.Array, runs, valid, cos, sin, cfg: ModelConfig) -> tuple[jax.Array, dict]:
+    """One block of full_attention_interval layers: x [B, T, D] -> (x, router statistics, [interval, ...] each)."""
+    statistics = []
+    for j in range(cfg.full_attention_interval):
+        layer = p[str(j)]
+        with jax.named_scope(f"layer{j}"):
+            h = rms_norm(x, layer["input_layernorm"], cfg.norm_eps)
+            if cfg.is_full_attention(j):
+                with jax.named_scope("attention"):
+                    x = x + attention.apply(layer["self_attn"], h, runs, cos, sin, cfg)
+            else:
+                with jax.named_scope("gated_delta"):
+                    x = x + gated_delta.apply(layer["linear_attn"], h, runs, cfg)
+            with jax.named_scope("moe"):
+                h, aux = moe.apply(layer["mlp"], rms_norm(x, layer["post_attention_layernorm"], cfg.norm_eps), valid, cfg)
+            x = constrain(x + h, "batch", "length", "hidden")
+        statistics.append(aux)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
+
+
+def summarise(statistics: dict, cfg: ModelConfig) -> dict:
+    """Router statistics, leaves [N, interval, ...] -> the aux of apply()."""
+    means = {f"router/{name}": jnp.mean(statistics[name]) for name in ("load_balance", "z", "entropy")}
+    load = statistics["load"].reshape(cfg.num_layers, cfg.num_experts)
+    loss = cfg.load_balance_coef * means["router/load_balance"] + cfg.z_loss_coef * means["router/z"]
+    return {**means, "router/max_load": cfg.num_experts * jnp.max(load), "load": load, "loss": loss}
+
+
+def unembed(params: dict, cfg: ModelConfig) -> jax.Array:
+    """[V, D], rows against which hidden states are multiplied: logits = hidden @ unembed.T."""
+    return params["embed_tokens" if cfg.tie_embeddings else "lm_head"]
+
+
+def logits(params: dict, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """float32 [..., V] of hidden [..., D]. Large: ask for it on the rows that need it only."""
+    table = unembed(params, cfg).astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

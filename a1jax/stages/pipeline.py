@@ -1,0 +1,178 @@
+"""The three stages in a row, with their controls and their judgement: 1 -> 2 -> 3, resumable at every step and at every border.
+
+Every finished stage leaves its parameters, every evaluation its JSON; starting again reads what is there and goes on with what is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+from .. import metrics
+from ..config import Binding, ConfigError, bind
+from ..data import tokenizer as tokenizers
+from ..domains import DOMAINS
+from ..models import transformer
+from ..models.config import ModelConfig
+from ..rollout.agent import Engine, Limits
+from ..types import Params
+from . import distill, evaluate, experts, sft, teacher
+from .setting import MeshConfig, Setting, make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None  # a SentencePiece model or tokenizer.json; None: train a SentencePiece model on the domains' own runs
+    vocab_size: int = 640  # of the trained one; model.vocab_size must be the same
+    counters: int = 24  # numbers that get one id each in the trained one; larger ones are spelled in digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run of the three stages on embedded domains."""
+
+    name: str  # default run directory: runs/<name>
+    model: ModelConfig  # of student and teachers
+    domains: tuple[str, ...]  # of a1jax.domains, in table order
+    runs: dict[str, experts.Runs]  # the finite expert data of stage 1, per domain
+    sft: sft.SftConfig  # stage 1
+    teachers: dict[str, teacher.TeacherConfig]  # stage 2, per domain
+    distill: distill.DistillConfig  # stage 3
+    evaluation: evaluate.Evaluation  # held-out tasks of the table
+    admission: evaluate.Evaluation  # held-out tasks that decide whether a teacher may teach
+    control: sft.SftConfig | None = None  # SFT continued at stage 3's compute; None: stage 1's settings, steps from the compute
+    limits: Limits = Limits(temperature=0.0)  # budgets of the evaluations
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0  # of parameters, data order and rollouts
+    main: Binding = bind(lambda cfg, workdir: None)  # replaced below: what a run does with this config
+
+    def __post_init__(self):
+        for name in self.domains:
+            if name not in DOMAINS:
+                raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(DOMAINS))}")
+            for field in ("runs", "teachers"):
+                if name not in getattr(self, field):
+                    raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
+        if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
+            raise ConfigError(f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal")
+
+
+def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """All three stages and the table; returns the results. Running a finished run again prints its table."""
+    from ..analysis import report  # the report reads run directories; only this function and the notebooks need it
+
+    workdir = pathlib.Path(workdir)
+    if (workdir / "results.json").exists():
+        print(f"{workdir} is finished; its table:\n")
+        print(report.table(json.loads((workdir / "results.json").read_text())))
+        return json.loads((workdir / "results.json").read_text())
+    began = time.perf_counter()
+    with metrics.Writer(workdir) as writer:
+        setting = open_setting(cfg, workdir, writer)
+        models, chosen = train_all(cfg, setting)
+        scores = judge_all(cfg, setting, models)
+    results = collect(cfg, setting, scores, chosen, seconds_so_far(workdir, time.perf_counter() - began))
+    report.write(workdir, results)
+    print(report.table(results))
+    return results
+
+
+def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
+    tokenizer = open_tokenizer(cfg, workdir)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that")
+    return Setting(cfg.model, tokenizer, cfg.domains, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
+
+
+def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer at ``cfg.tokenizer.path``, or one trained on expert runs and kept in the run directory."""
+    if cfg.tokenizer.path is not None:
+        return tokenizers.load(cfg.tokenizer.path)
+    path = workdir / "tokenizer.model"
+    if path.exists():
+        return tokenizers.load(path)
+    return tokenizers.train_sentencepiece(
+        experts.tokenizer_texts(cfg.domains, cfg.seed), path, vocab_size=cfg.tokenizer.vocab_size, symbols=experts.symbols(cfg.domains, cfg.tokenizer.counters))
+
+
+def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dict[str, str]]:
+    """Every model of the table by name, and which parameters taught each domain."""
+    show = cfg.limits.show_tools
+    data = {d: experts.examples(d, i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
+    mixed = [pair for d in cfg.domains for pair in data[d]]
+    with setting.on_mesh():
+        models = {"base": setting.init_params()}
+    models["sft"] = sft.run(cfg.sft, models["base"], mixed, setting)
+    for i, d in enumerate(cfg.domains):
+        extra = experts.examples(d, i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
+        models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
+    chosen = admit(cfg, setting, models)
+    models["student"] = distill.run(cfg.distill, models["sft"], {d: models[chosen[d]] for d in cfg.domains}, setting)
+    models["sft_continued"] = sft.run(control_config(cfg), models["sft"], mixed, setting, stage="sft_continued")
+    return models, chosen
+
+
+def admit(cfg: Experiment, setting: Setting, models: dict[str, Params]) -> dict[str, str]:
+    """Domain -> name of the model that teaches it: its teacher where admitted, else the stage-1 model, which then holds the domain in place."""
+    engine, out = Engine(setting.model, setting.tokenizer, cfg.limits), {}
+    with setting.on_mesh():
+        before = evaluate.run(cfg.admission, models["sft"], engine, list(cfg.domains), "sft (admission)", setting.workdir / "admission/sft.json", "admission")
+        for d in cfg.domains:
+            name = teacher.stage_name(d)
+            after = evaluate.run(cfg.admission, models[name], engine, [d], f"{name} (admission)", setting.workdir / f"admission/{name}.json", "admission")
+            out[d] = name if teacher.admitted(after, before, d) else "sft"
+    return out
+
+
+def distill_flops_in_sft_steps(cfg: Experiment) -> float:
+    """How many stage-1 steps cost what stage 3 costs, in model FLOPs.
+
+    Per token: 6 N to train, 2 N to score, 2 N to sample (N active parameters); rollouts are counted at their budget's packed rows.
+    """
+    tokens = len(cfg.domains) * cfg.distill.rows * cfg.distill.max_length
+    return cfg.distill.steps * tokens * (6 + 2 + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
+
+
+def control_config(cfg: Experiment) -> sft.SftConfig:
+    """SFT continued on the same finite data: as given, or stage 1's settings for as many steps as stage 3's compute buys, all lengths."""
+    if cfg.control is not None:
+        return cfg.control
+    return dataclasses.replace(cfg.sft, steps=max(1, round(distill_flops_in_sft_steps(cfg))), phases=())
+
+
+def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params]) -> dict[str, dict]:
+    """Model name -> domain -> score on the held-out tasks, the same for every model."""
+    engine = Engine(setting.model, setting.tokenizer, cfg.limits)
+    with setting.on_mesh():
+        return {
+            name: evaluate.run(cfg.evaluation, params, engine, list(cfg.domains), name, setting.workdir / f"evaluations/{name}.json")
+            for name, params in models.items()
+        }
+
+
+def collect(cfg: Experiment, setting: Setting, scores: dict[str, dict], chosen: dict[str, str], seconds: float) -> dict[str, Any]:
+    """results.json: success per domain and model, the details behind it, and what the run consisted of."""
+    columns = {"base": "base", "sft": "sft", "sft_continued": "sft_continued", "student": "student"}
+    domains = {}
+    for d in cfg.domains:
+        row = {column: scores[name][d]["success"] for column, name in columns.items()}
+        domains[d] = {**row, "teacher": scores[teacher.stage_name(d)][d]["success"], "n": scores["student"][d]["n"], "taught_by": chosen[d]}
+    total, active = transformer.parameter_counts(cfg.model)
+    stages = ["sft", *(teacher.stage_name(d) for d in cfg.domains), "distill", "sft_continued"]
+    return {
+        "domains": domains, "wall_seconds": seconds, "scores": scores, "stages": {s: setting.facts(s) for s in stages},
+        "parameters": {"total": total, "active": active}, "seed": cfg.seed,
+    }
+
+
+def seconds_so_far(workdir: pathlib.Path, now: float) -> float:
+    """Wall-clock seconds of this run over all its starts: earlier starts are taken from the gaps between metrics lines they wrote."""
+    times = [line["time"] for line in metrics.read(workdir)]
+    if not times:
+        return now
+    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    return now + sum(g for g in gaps if 0 < g < 120) if times[-1] - times[0] > now else now

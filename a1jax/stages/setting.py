@@ -1,0 +1,95 @@
+"""What the stages of one run share, and the few acts all of them need: placing parameters, finding a finished stage again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from .. import checkpoint, metrics, params as param_specs, sharding
+from ..config import ConfigError
+from ..data.tokenizer import Tokenizer
+from ..models import transformer
+from ..models.config import ModelConfig
+from ..types import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    shape: dict[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> devices; empty: one device, no mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """model: of student and teachers. mesh: None on one device. workdir: the run's folder. domains: their order is their index."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+    mesh: Mesh | None
+    workdir: pathlib.Path
+    writer: metrics.Writer
+    seed: int
+
+    @property
+    def specs(self) -> Any:
+        return transformer.specs(self.model)
+
+    def on_mesh(self):
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+    def init_params(self) -> Params:
+        """Random parameters from the run's seed, made where they will lie."""
+        out = None if self.mesh is None else param_specs.shardings(self.specs, self.mesh)
+        return jax.jit(lambda key: param_specs.init(self.specs, key), out_shardings=out)(jax.random.key(self.seed))
+
+    def put(self, batch: Batch) -> Batch:
+        return batch if self.mesh is None else sharding.put_batch(batch, self.mesh)
+
+    def directory(self, stage: str) -> pathlib.Path:
+        return self.workdir / "stages" / stage
+
+    def finished(self, stage: str) -> Params | None:
+        """The parameters a finished stage left, or None when it has still to run (or to go on)."""
+        directory = self.directory(stage)
+        if not (directory / "done.json").exists():
+            return None
+        return checkpoint.load_params(directory / "params", self.abstract_params())
+
+    def abstract_params(self) -> Any:
+        """Shapes, types and, under a mesh, shardings of the parameters."""
+        shapes = param_specs.abstract(self.specs)
+        if self.mesh is None:
+            return shapes
+        placed = param_specs.shardings(self.specs, self.mesh)
+        return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+    def finish(self, stage: str, params: Params, facts: dict) -> Params:
+        """Store a stage's parameters, then its facts: only the facts make it finished."""
+        directory = self.directory(stage)
+        checkpoint.save_params(directory / "params", params)
+        part = directory / "done.part"
+        part.write_text(json.dumps(facts, indent=1))
+        part.rename(directory / "done.json")
+        return params
+
+    def facts(self, stage: str) -> dict:
+        return json.loads((self.directory(stage) / "done.json").read_text())
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh | None:
+    """The mesh of a run, or None for one device. Raises ConfigError for an impossible shape."""
+    sizes = list(cfg.shape.values())
+    if not sizes:
+        return None
+    needed = 1
+    for size in sizes:
+        needed *= max(1, size)
+    if needed > jax.device_count():
+        raise ConfigError(f"mesh.shape={cfg.shape} needs {needed} devices, here are {jax.device_count()}; make it smaller")
+    return sharding.make_mesh(cfg.shape, jax.devices()[:needed])

@@ -1,0 +1,138 @@
+"""Stage 1: supervised fine-tuning on the tokens the model writes (arXiv 2606.30616, 4.1); also what teachers and controls are made by."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import optim, train
+from ..config import Binding, ConfigError, bind
+from ..data import batches
+from ..data.packing import Example
+from ..losses import cross_entropy, masked
+from ..models import transformer
+from ..models.config import ModelConfig
+from ..types import Batch, Metrics, Params, TrainState
+from .setting import Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One piece of a curriculum: lengths grow from phase to phase."""
+
+    share: float  # of the stage's steps; the shares of all phases add up to 1
+    max_steps: int  # only runs up to this many steps are seen
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    steps: int = 400  # optimizer steps
+    rows: int = 16  # packed rows per step (batch size); a multiple of microbatches and of the mesh's data axes
+    max_length: int = 512  # tokens per packed row
+    optimizer: Binding = bind(optim.adamw)  # a function of (specs, steps)
+    phases: tuple[Phase, ...] = ()  # empty: all runs from the start
+    policy: Literal["split", "drop"] = "drop"  # what happens to runs longer than max_length; counted either way
+    reduction: Literal["token_mean", "sample_mean", "domain_mean"] = "token_mean"  # how token losses are averaged
+    microbatches: int = 1  # gradient accumulation: memory shrinks, value and gradient stay
+    vocab_block: int = 8192  # ids per block of the loss; memory of the logits is rows x max_length x this
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    log_every: int = 10  # steps between lines of metrics.jsonl
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "max_length", "microbatches", "vocab_block", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"SftConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rows % self.microbatches:
+            raise ConfigError(f"SftConfig.rows is {self.rows}; it must be a multiple of microbatches = {self.microbatches}")
+        if self.phases and abs(sum(p.share for p in self.phases) - 1.0) > 1e-6:
+            raise ConfigError(f"SftConfig.phases have shares that add up to {sum(p.share for p in self.phases):g}; they must add up to 1")
+
+
+def weigh(batch: Batch, num_domains: int, reduction: str) -> dict[str, Any]:
+    """The batch with the weight of every token, computed on the whole batch."""
+    weights = masked.token_weights(batch.mask, batch.segment_ids, batch.domains, num_domains, reduction)
+    return {"batch": batch, "weights": weights}
+
+
+def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig, vocab_block: int) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy on the tokens with weight, from hidden states in blocks of the vocabulary, plus the router's losses."""
+    batch, weights = data["batch"], data["weights"]
+    hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
+    value, out = cross_entropy.blocked_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), transformer.unembed(params, model), batch.targets.reshape(-1), weights.reshape(-1), vocab_block)
+    tokens = out["ce/tokens"]
+    sums = {"ce": value, "ce/loss": out["ce/loss"] * tokens, "ce/accuracy": out["ce/accuracy"] * tokens, "ce/tokens": tokens}
+    return value + share * aux["loss"], {**sums, **router_metrics(aux, share)}
+
+
+def finish(sums: Metrics) -> Metrics:
+    """Sums over micro-batches to means over the tokens the loss looked at."""
+    some = jnp.maximum(sums["ce/tokens"], 1.0)
+    return {**sums, "ce/loss": sums["ce/loss"] / some, "ce/accuracy": sums["ce/accuracy"] / some}
+
+
+def router_metrics(aux: Metrics, share: float) -> Metrics:
+    """The router's scalars in a model's aux, scaled so that micro-batches add up to their mean."""
+    return {name: share * value for name, value in aux.items() if name.startswith("router/")}
+
+
+class Curriculum:
+    """A train.Source that reads one packed loader per phase; its state is the loaders' positions."""
+
+    def __init__(self, cfg: SftConfig, data: Sequence[tuple[int, Example]], setting: Setting):
+        phases = cfg.phases or (Phase(1.0, max(steps for steps, _ in data)),)
+        ends = np.cumsum([p.share for p in phases]) * cfg.steps
+        self.setting, self.ends = setting, [round(float(e)) for e in ends]
+        self.loaders = [
+            batches.loader([e for steps, e in data if steps <= p.max_steps], batch_size=cfg.rows, max_length=cfg.max_length,
+                           seed=setting.seed + i, policy=cfg.policy)
+            for i, p in enumerate(phases)
+        ]
+
+    def next(self, state: TrainState) -> tuple[Batch, Metrics]:
+        phase = int(np.searchsorted(self.ends, int(state.step), side="right"))
+        batch = next(self.loaders[min(phase, len(self.loaders) - 1)])
+        return self.setting.put(batch), {"tokens": int((batch.segment_ids > 0).sum())}
+
+    def get_state(self) -> dict:
+        return {"loaders": [loader.get_state() for loader in self.loaders]}
+
+    def set_state(self, state: dict) -> None:
+        for loader, position in zip(self.loaders, state["loaders"], strict=True):
+            loader.set_state(position)
+
+
+@functools.lru_cache(maxsize=8)
+def jitted_step(model: ModelConfig, num_domains: int, reduction: str, vocab_block: int, microbatches: int, optimizer: Binding):
+    """The train step of this stage, its state donated. Stages that differ only in data, rates and length share it, compiled."""
+    loss_fn = functools.partial(loss, model=model, vocab_block=vocab_block)
+    weigh_fn = functools.partial(weigh, num_domains=num_domains, reduction=reduction)
+    tx = optimizer(transformer.specs(model), 1)
+    return jax.jit(train.make_train_step(loss_fn, tx, microbatches, weigh_fn, finish), donate_argnums=(0,))
+
+
+def run(cfg: SftConfig, params: Params, data: Sequence[tuple[int, Example]], setting: Setting, stage: str = "sft") -> Params:
+    """Train on ``data`` (pairs of length in steps and example), starting from ``params``; resumable; returns the new parameters."""
+    done = setting.finished(stage)
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    tx = cfg.optimizer(setting.specs, cfg.steps)
+    with setting.on_mesh():
+        step = jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.microbatches, optim.program(cfg.optimizer))
+        source = Curriculum(cfg, data, setting)
+        state = train.fit(
+            train.init_state(params, tx, setting.seed), step, source, steps=cfg.steps, stage=stage,
+            directory=setting.directory(stage) / "checkpoints", writer=setting.writer, save_every=cfg.save_every, keep=cfg.keep,
+            log_every=cfg.log_every,
+        )
+        facts = {"steps": cfg.steps, "runs": len(data), "seconds": time.perf_counter() - began}
+        return setting.finish(stage, state.params, facts)

@@ -1,0 +1,115 @@
+"""One train step for all stages, and the loop that runs it with resume.
+
+A stage brings a loss of arrays and a source of batches; nothing here knows a model. Per-token weights are computed once on the
+whole batch (``weigh``), so micro-batches simply add up: value and gradient do not depend on how a batch is cut.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import checkpoint, metrics
+from .types import Metrics, Params, TrainState
+
+LossFn = Callable[[Params, Any, float], tuple[jax.Array, Metrics]]
+"""loss(params, batch slice, share) -> (scalar float32, sums). Loss and sums are additive over slices (weights are of the whole batch);
+share = 1 / micro-batches scales what is a mean per slice (router losses), so that it adds up to the mean."""
+
+
+class Source(Protocol):
+    """Where batches come from. Its state is saved with every checkpoint: what was trained on, not where a loader stood."""
+
+    def next(self, state: TrainState) -> tuple[Any, Metrics]: ...
+    def get_state(self) -> dict: ...
+    def set_state(self, state: dict) -> None: ...
+
+
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, microbatches: int = 1, weigh: Callable[[Any], Any] | None = None,
+    finish: Callable[[Metrics], Metrics] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), to be jitted by the caller with the state donated.
+
+    batch: a pytree of arrays with leading axis B, a multiple of ``microbatches``. weigh(batch) -> batch adds whole-batch weights.
+    finish(sums) -> metrics turns the loss's added-up sums into what is reported.
+    Gradients are accumulated in float32 by summation over micro-batches in a scan.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        batch = weigh(batch) if weigh is not None else batch
+        grad_fn = jax.value_and_grad(lambda p, b: loss_fn(p, b, 1.0 / microbatches), has_aux=True)
+        if microbatches == 1:
+            (loss, parts), grads = grad_fn(state.params, batch)
+        else:
+            slices = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
+            first = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], slices))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+
+            def add(total, piece):
+                return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_fn(state.params, piece)), None
+
+            ((loss, parts), grads), _ = jax.lax.scan(add, zeros, slices)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        parts = finish(parts) if finish is not None else parts
+        out = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), out
+
+    return step
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state; parameters are copied, because the train step donates its state and the caller may want to keep them.
+
+    Under a mesh the optimizer's state follows its parameters' shardings.
+    """
+    params = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), jax.random.key(seed))
+
+
+def fit(
+    state: TrainState, step_fn: Callable, source: Source, *, steps: int, stage: str, directory: pathlib.Path, writer: metrics.Writer,
+    save_every: int, keep: int, log_every: int = 10,
+) -> TrainState:
+    """Run ``step_fn`` until ``steps``, from the last complete checkpoint in ``directory`` when there is one.
+
+    Saves every ``save_every`` steps and at the end, keeping ``keep``. A resumed run is bitwise the uninterrupted one: the state, the
+    source's position and the keys all come from the checkpoint, and metrics lines written after it are dropped.
+    """
+    manager = checkpoint.open_manager(directory, keep=keep, save_every=save_every)
+    try:
+        found = checkpoint.restore(manager, state)
+        if found is not None:
+            state, extra, _ = found
+            source.set_state(extra["source"])
+        done = int(state.step)
+        writer.rewind(stage, done)
+        with metrics.progress(stage, total=steps, done=done) as bar:
+            clock, tokens = time.perf_counter(), 0
+            for at in range(done, steps):
+                batch, extra_metrics = source.next(state)
+                tokens += extra_metrics.get("tokens", 0)
+                state, out = step_fn(state, batch)
+                if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
+                    out = {k: float(v) for k, v in jax.device_get(out).items()}
+                    if not np.isfinite(out["loss"]):
+                        raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate (see {directory})")
+                    seconds = time.perf_counter() - clock
+                    rate = tokens / seconds if at > done else 0.0  # the first step only compiles
+                    clock, tokens = time.perf_counter(), 0
+                    writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate})
+                    bar.update(at + 1, loss=out["loss"], tokens_per_second=rate)
+                if (at + 1) % save_every == 0 or at + 1 == steps:
+                    checkpoint.save(manager, at + 1, state, {"source": source.get_state(), "stage": stage}, force=True)
+    finally:
+        manager.close()
+    return state

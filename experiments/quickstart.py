@@ -1,0 +1,65 @@
+"""Three stages on two embedded domains: one student learns from two teachers, in minutes on two CPU cores.
+
+    a1jax run experiments/quickstart.py            # under 10 minutes on 2 cores
+    a1jax run experiments/quickstart.py:smoke      # all three stages in under 90 seconds; proves the plumbing, learns nothing
+"""
+
+import dataclasses
+
+from a1jax import optim
+from a1jax.config import ConfigError, bind
+from a1jax.models import config as models
+from a1jax.rollout.agent import Limits
+from a1jax.stages import pipeline
+from a1jax.stages.distill import DistillConfig
+from a1jax.stages.evaluate import Evaluation
+from a1jax.stages.experts import Runs
+from a1jax.stages.pipeline import Experiment, TokenizerConfig
+from a1jax.stages.sft import Phase, SftConfig
+from a1jax.stages.teacher import TeacherConfig
+
+DOMAINS = ("search", "tool_calling")
+
+
+def get_config(arg: str = "") -> Experiment:
+    if arg not in ("", "smoke"):
+        raise ConfigError(f"quickstart has no argument '{arg}'; there are '' and 'smoke'")
+    muon = bind(optim.muon, learning_rate=0.02, table_learning_rate=0.02)
+    sft = SftConfig(steps=400, rows=8, max_length=320, optimizer=muon, phases=(Phase(0.4, 2), Phase(0.6, 8)))
+    extra = SftConfig(steps=160, rows=8, max_length=320, optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01))
+    limits = Limits(slots=64, max_turns=20, max_turn_tokens=24, max_length=320, temperature=0.0)
+    cfg = Experiment(
+        name="quickstart",
+        main=bind(pipeline.run),
+        model=models.tiny(vocab_size=640),
+        tokenizer=TokenizerConfig(vocab_size=640),
+        domains=DOMAINS,
+        runs={d: Runs({1: 300, 2: 300, 3: 300, 4: 300, 6: 20, 8: 20}) for d in DOMAINS},
+        sft=sft,
+        teachers={d: TeacherConfig(runs=Runs({4: 200, 6: 300, 8: 400}), sft=extra) for d in DOMAINS},
+        distill=DistillConfig(
+            steps=50, prompts=24, lengths=(2, 4, 6, 8), rows=16, max_length=320, k=16,
+            optimizer=bind(optim.adamw, learning_rate=1e-3, final=1.0, weight_decay=0.0),
+            limits=dataclasses.replace(limits, slots=48, temperature=1.0),
+        ),
+        evaluation=Evaluation(counts={1: 50, 2: 50, 4: 50, 8: 50}),
+        admission=Evaluation(counts={4: 32, 8: 32}),
+        limits=limits,
+    )
+    return smoke(cfg) if arg == "smoke" else cfg
+
+
+def smoke(cfg: Experiment) -> Experiment:
+    """Everything small: the same path, no learning to speak of."""
+    short = dataclasses.replace(cfg.sft, steps=12, save_every=6, log_every=4, phases=(Phase(0.5, 1), Phase(0.5, 2)))
+    runs = Runs({1: 60, 2: 60})
+    return dataclasses.replace(
+        cfg, name="quickstart-smoke", runs={d: runs for d in DOMAINS}, sft=short,
+        teachers={d: TeacherConfig(runs=runs, sft=dataclasses.replace(short, steps=6, phases=())) for d in DOMAINS},
+        distill=dataclasses.replace(
+            cfg.distill, steps=3, prompts=8, lengths=(1, 2), rows=4, limits=dataclasses.replace(cfg.distill.limits, slots=16, max_length=160),
+            max_length=160, save_every=2),
+        control=dataclasses.replace(short, steps=6, phases=()),
+        evaluation=Evaluation(counts={1: 8, 2: 8}), admission=Evaluation(counts={1: 8}),
+        limits=dataclasses.replace(cfg.limits, slots=16, max_length=160),
+    )

@@ -1,0 +1,25 @@
+"""Eight CPU devices for every test, strict broadcasting, and where the shared data lies."""
+
+import pathlib
+
+import jax
+import jaxtyping
+import pytest
+
+# Before anything touches a device: afterwards the number of devices is fixed.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shapes and types in the signatures of the numerical rooms are checked at every call in the tests.
+jaxtyping.install_import_hook(["a1jax.models", "a1jax.losses", "a1jax.kernels"], "beartype.beartype")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real data; the test is skipped where it does not exist."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data in {folder}")
+    return folder

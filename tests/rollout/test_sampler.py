@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a1jax.rollout.sampler import run_uniforms, sample
+
+
+def test_inverse_distribution_by_hand():
+    logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]] * 5))
+    ids, logp = sample(logits, jnp.array([0.0, 0.0999, 0.11, 0.31, 0.9999999]), 1.0)
+    assert ids.tolist() == [0, 0, 1, 2, 2]
+    np.testing.assert_allclose(logp, np.log([0.1, 0.1, 0.2, 0.7, 0.7]), rtol=1e-5)
+
+
+def test_temperature_sharpens_and_logp_is_of_what_was_sampled_from():
+    logits = jnp.log(jnp.array([[0.2, 0.8]]))
+    ids, logp = sample(logits, jnp.array([0.05]), 0.5)  # (.04, .64) / .68 = (.0588, .9412)
+    assert ids.tolist() == [0]
+    np.testing.assert_allclose(logp, np.log([0.04 / 0.68]), rtol=1e-5)
+
+
+def test_greedy_takes_the_lowest_of_equal_ids_and_ignores_the_numbers():
+    ids, logp = sample(jnp.array([[0.0, 2.0, 2.0]]), jnp.array([0.99]), 0.0)
+    assert ids.tolist() == [1]
+    np.testing.assert_allclose(logp, jax.nn.log_softmax(jnp.array([0.0, 2.0, 2.0]))[1], rtol=1e-6)
+
+
+def test_frequencies_follow_the_distribution():
+    p = np.array([0.05, 0.15, 0.3, 0.5])
+    ids, _ = sample(jnp.log(jnp.tile(jnp.array(p)[None], (20_000, 1))), jnp.asarray(run_uniforms(0, 0, 0, 20_000)), 1.0)
+    np.testing.assert_allclose(np.bincount(ids, minlength=4) / 20_000, p, atol=0.012)
+
+
+def test_impossible_ids_are_never_sampled():
+    ids, _ = sample(jnp.tile(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]), (3, 1)), jnp.array([0.0, 0.5, 0.99999994]), 1.0)
+    assert ids.tolist() == [1, 1, 1]
+
+
+def test_numbers_of_a_run_are_its_own():
+    assert (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 0, 8)).all()
+    assert not (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 1, 8)).any()
