@@ -37,7 +37,8 @@ def open_manager(directory: PathLike, keep: int, save_every: int) -> ocp.Checkpo
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState, extra: dict[str, Any], force: bool = False) -> bool:
-    """Begins to save; true where it did. Steps between ``save_every`` are passed over unless ``force``, a step already saved always is.
+    """Begins to save; true where it did. The first call saves, then steps that are multiples of ``save_every``, and any with ``force``;
+    a step that is saved already is passed over.
 
     The state may be donated as soon as this returns. extra: what JSON can hold (the position of the loader, ...).
     """
@@ -75,7 +76,7 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> tuple[Train
 
 
 def save_params(directory: PathLike, params: Params) -> None:
-    """Writes parameters alone into ``directory``, to be read by ``load_params``; returns when they are complete."""
+    """Writes parameters alone into ``directory``, to be read by ``load_params``, replacing what was there; returns when complete."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
         writer.save(os.path.join(_absolute(directory), "params"), args=ocp.args.StandardSave(params), force=True)
 

@@ -68,7 +68,7 @@ def stack(specs: Any, n: int, axis: str = "layers") -> Any:
 def init(specs: Any, key: jax.Array) -> Any:
     """Arrays for a tree of specs. Each draws from the key folded with its own path, so a new parameter changes no other.
 
-    Under jit with ``out_shardings=shardings(specs, mesh)`` every device makes only its own part.
+    ``jax.jit(lambda key: init(specs, key), out_shardings=shardings(specs, mesh))`` makes on every device only its own part.
     """
 
     def draw(path, spec):

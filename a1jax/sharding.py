@@ -22,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),  # outside the experts the expert axis is one more data axis
+    "width_rows": ("data",),  # rows while their width is cut by "embed", see models.layers.embed
     "length": (),
     "hidden": (),
     # weights; "embed" and "batch" share axes, which is what makes it fully sharded data parallelism
@@ -77,11 +78,13 @@ def partition_spec(axes: tuple[str | None, ...], mesh, shape: tuple[int, ...] | 
         names = tuple(name for name in RULES[axis] if mesh.shape.get(name, 1) > 1) if axis else ()
         for name in names:
             if name in owner:
-                raise ConfigError(f"logical axes {owner[name]!r} and {axis!r} of one array both land on mesh axis {name!r}: change a1jax.sharding.RULES")
+                both = f"logical axes {owner[name]!r} and {axis!r} of one array"
+                raise ConfigError(f"{both} land on the same mesh axis {name!r}: change a1jax.sharding.RULES")
             owner[name] = axis
         parts = math.prod(mesh.shape[name] for name in names)
         if shape is not None and shape[i] % parts:
-            raise ConfigError(f"axis {axis!r} of size {shape[i]} cannot be cut over {' x '.join(names)} = {parts}: change the mesh or the size")
+            cut = f"{' x '.join(names)} = {parts}"
+            raise ConfigError(f"axis {axis!r} of size {shape[i]} cannot be cut over {cut}: change the mesh or the size")
         entries.append(names[0] if len(names) == 1 else names or None)
     return P(*entries)
 

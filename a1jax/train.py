@@ -61,7 +61,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         parts = finish(parts) if finish is not None else parts
-        out = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads)}
+        out = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), out
 
     return step
@@ -78,12 +78,13 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
 
 def fit(
     state: TrainState, step_fn: Callable, source: Source, *, steps: int, stage: str, directory: pathlib.Path, writer: metrics.Writer,
-    save_every: int, keep: int, log_every: int = 10,
+    save_every: int, keep: int, log_every: int = 10, probe: Callable[[Params], Metrics] | None = None, probe_every: int = 1,
 ) -> TrainState:
     """Run ``step_fn`` until ``steps``, from the last complete checkpoint in ``directory`` when there is one.
 
     Saves every ``save_every`` steps and at the end, keeping ``keep``. A resumed run is bitwise the uninterrupted one: the state, the
     source's position and the keys all come from the checkpoint, and metrics lines written after it are dropped.
+    probe(params) -> metrics is asked before the first step, every ``probe_every`` steps and after the last, and written as "<stage>/probe".
     """
     manager = checkpoint.open_manager(directory, keep=keep, save_every=save_every)
     try:
@@ -93,6 +94,9 @@ def fit(
             source.set_state(extra["source"])
         done = int(state.step)
         writer.rewind(stage, done)
+        writer.rewind(f"{stage}/probe", done)
+        if probe is not None and done == 0:
+            writer.write(0, f"{stage}/probe", probe(state.params))
         with metrics.progress(stage, total=steps, done=done) as bar:
             clock, tokens = time.perf_counter(), 0
             for at in range(done, steps):
@@ -102,12 +106,14 @@ def fit(
                 if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
                     out = {k: float(v) for k, v in jax.device_get(out).items()}
                     if not np.isfinite(out["loss"]):
-                        raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate (see {directory})")
+                        raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate")
                     seconds = time.perf_counter() - clock
                     rate = tokens / seconds if at > done else 0.0  # the first step only compiles
                     clock, tokens = time.perf_counter(), 0
                     writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate})
                     bar.update(at + 1, loss=out["loss"], tokens_per_second=rate)
+                if probe is not None and ((at + 1) % probe_every == 0 or at + 1 == steps):
+                    writer.write(at + 1, f"{stage}/probe", probe(state.params))
                 if (at + 1) % save_every == 0 or at + 1 == steps:
                     checkpoint.save(manager, at + 1, state, {"source": source.get_state(), "stage": stage}, force=True)
     finally:

@@ -7,10 +7,10 @@
 import dataclasses
 
 from a1jax import optim
+from a1jax.analysis import report
 from a1jax.config import ConfigError, bind
 from a1jax.models import config as models
 from a1jax.rollout.agent import Limits
-from a1jax.stages import pipeline
 from a1jax.stages.distill import DistillConfig
 from a1jax.stages.evaluate import Evaluation
 from a1jax.stages.experts import Runs
@@ -24,13 +24,13 @@ DOMAINS = ("search", "tool_calling")
 def get_config(arg: str = "") -> Experiment:
     if arg not in ("", "smoke"):
         raise ConfigError(f"quickstart has no argument '{arg}'; there are '' and 'smoke'")
-    muon = bind(optim.muon, learning_rate=0.02, table_learning_rate=0.02)
-    sft = SftConfig(steps=400, rows=8, max_length=320, optimizer=muon, phases=(Phase(0.4, 2), Phase(0.6, 8)))
+    muon = bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01)
+    sft = SftConfig(steps=400, rows=8, max_length=320, optimizer=muon, phases=(Phase(0.3, 2), Phase(0.7, 8)))
     extra = SftConfig(steps=160, rows=8, max_length=320, optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01))
     limits = Limits(slots=64, max_turns=20, max_turn_tokens=24, max_length=320, temperature=0.0)
     cfg = Experiment(
         name="quickstart",
-        main=bind(pipeline.run),
+        main=bind(report.run),
         model=models.tiny(vocab_size=640),
         tokenizer=TokenizerConfig(vocab_size=640),
         domains=DOMAINS,

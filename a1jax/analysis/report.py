@@ -7,7 +7,25 @@ import pathlib
 from typing import Any
 
 from .. import metrics, provenance
+from ..stages import pipeline
+from ..stages.pipeline import Experiment
 from . import plots
+
+
+def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """``pipeline.run`` and its report. A finished run says so and prints its table again; a killed one goes on."""
+    workdir = pathlib.Path(workdir)
+    finished = workdir / "results.json"
+    if finished.exists():
+        results = json.loads(finished.read_text())
+        print(f"{workdir} is finished; its table:\n")
+    else:
+        results = pipeline.run(cfg, workdir)
+        seconds = results["wall_seconds"] + sum(start.get("seconds", 0.0) for start in provenance.read(workdir).get("earlier", []))
+        results = {**results, "wall_seconds": seconds}
+        write(workdir, results)
+    print(table(results))
+    return results
 
 
 def columns(results: dict[str, Any]) -> list[str]:

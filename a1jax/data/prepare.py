@@ -6,6 +6,7 @@ stands at the target is complete or is not there.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from a1jax.data import domain_names, trajectories
+from a1jax.data import domain_names, statistics, trajectories
 from a1jax.data import tokenizer as tokenizers
 from a1jax.data.errors import DataError
 from a1jax.data.examples import tokenized
@@ -39,6 +40,7 @@ class PrepareReport:
     supervised: int
     domains: dict[str, int]
     read: trajectories.ReadReport
+    rows: list[statistics.Row]  # token statistics per source
 
     def __str__(self) -> str:
         share = self.supervised / self.tokens if self.tokens else 0.0
@@ -67,13 +69,17 @@ def prepare(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        rows: list[tuple[str, int, int]] = []
+        rows: list[tuple[str, str, int, int]] = []
         _build(part, (_row(t, e, rows) for t, e in tokenized(runs, tokenizer, read, strict)), rows)
+        by_source: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+        for source, _, total, supervised in rows:
+            by_source[source].append((total, supervised))
         report = PrepareReport(
-            runs=len(rows), tokens=sum(n for _, n, _ in rows), supervised=sum(n for _, _, n in rows),
-            domains={d: n for d in domain_names.DOMAINS if (n := sum(own == d for own, _, _ in rows))}, read=read,
+            runs=len(rows), tokens=sum(n for *_, n, _ in rows), supervised=sum(n for *_, n in rows),
+            domains={d: n for d in domain_names.DOMAINS if (n := sum(own == d for _, own, _, _ in rows))}, read=read,
+            rows=statistics.of_counts(by_source, read),
         )  # fmt: skip
-        np.save(part / LENGTHS, np.asarray([n for _, n, _ in rows], np.int64))
+        np.save(part / LENGTHS, np.asarray([n for *_, n, _ in rows], np.int64))
         summary = {"tokenizer": str(tokenizer_path), "fingerprint": tokenizer.fingerprint, "skipped": read.lines()}
         numbers = {key: getattr(report, key) for key in ("runs", "tokens", "supervised", "domains")}
         (part / REPORT).write_text(json.dumps(numbers | summary, indent=1) + "\n")
@@ -86,9 +92,9 @@ def prepare(
     return report
 
 
-def _row(trajectory: Trajectory, example: Example, rows: list[tuple[str, int, int]]) -> dict[str, Any]:
+def _row(trajectory: Trajectory, example: Example, rows: list[tuple[str, str, int, int]]) -> dict[str, Any]:
     supervised = int(example.mask.sum())
-    rows.append((trajectory.domain, len(example), supervised))
+    rows.append((statistics.by_source(trajectory), trajectory.domain, len(example), supervised))
     return {
         "domain": trajectory.domain, "task_id": trajectory.task_id, "status": trajectory.status or "", "tokens": example.tokens,
         "mask": example.mask.astype(np.uint8), "reward": np.float32(math.nan if trajectory.reward is None else trajectory.reward),

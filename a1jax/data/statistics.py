@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -51,9 +51,14 @@ def rows(
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     for trajectory, example in pairs:
         found[key(trajectory)].append((len(example), int(example.mask.sum())))
+    return of_counts(found, report, key is by_source)
+
+
+def of_counts(found: Mapping[str, list[tuple[int, int]]], report: ReadReport | None, sources: bool = True) -> list[Row]:
+    """The same from (tokens, supervised tokens) of every run by name; sources: the names are those of the report's sources."""
     skipped = {name: dict(source.skipped.most_common()) for name, source in report.sources.items()} if report else {}
-    names = sorted({*found, *(skipped if key is by_source else ())})
-    table = [_row(name, found.get(name, []), skipped.get(name, {}) if key is by_source else {}) for name in names]
+    names = sorted({*found, *(skipped if sources else ())})
+    table = [_row(name, found.get(name, []), skipped.get(name, {}) if sources else {}) for name in names]
     total = collections.Counter[str]()
     for reasons in skipped.values():
         total.update(reasons)

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+Array = jax.Array | np.ndarray
 Reduction = Literal["token_mean", "sample_mean", "domain_mean"]
 
 
-def token_weights(
-    mask: jax.Array, segment_ids: jax.Array, domains: jax.Array, num_domains: int, reduction: Reduction
-) -> jax.Array:
+def token_weights(mask: Array, segment_ids: Array, domains: Array, num_domains: int, reduction: Reduction) -> jax.Array:
     """float32 [B, T] weights that sum to 1 (to 0 where nothing is masked in); they carry no gradient.
 
     mask: float32 [B, T], 1 where the loss looks; positions of segment 0 (padding) never count. segment_ids: int32 [B, T],

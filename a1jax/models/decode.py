@@ -66,8 +66,8 @@ def attention_step(p: dict, x: jax.Array, cache: dict, position, active, cos, si
     q = q.reshape(b, cfg.num_kv_heads, -1, cfg.head_dim)
     # The keys are the left operand: as the right one a CPU would transpose the whole cache at every token.
     scores = jnp.matmul(cache["k"], jnp.swapaxes(q, 2, 3), preferred_element_type=jnp.float32) * cfg.head_dim**-0.5  # [B, K, S, R]
-    seen = (jnp.arange(length)[None] <= position[:, None])[:, None, :, None]
-    weights = jnp.swapaxes(jax.nn.softmax(jnp.where(seen, scores, attention.MASKED), axis=2), 2, 3).astype(x.dtype)
+    seen = (jnp.arange(length)[None] <= position[:, None])[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, jnp.swapaxes(scores, 2, 3), attention.MASKED), axis=-1).astype(x.dtype)
     mixed = jnp.matmul(weights, cache["v"])
     return attention.output(p, mixed.reshape(b, -1), gate), cache
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from a1jax.models.config import ModelConfig
 from a1jax.params import Initializer, ParamSpec, constant, normal, uniform
+from a1jax.sharding import constrain
 
 
 def matrix(cfg: ModelConfig, shape: tuple[int, int], axes: tuple[str, str], to_residual: bool = False) -> ParamSpec:
@@ -142,11 +143,18 @@ _conv.defvjp(lambda x, taps, same: (_conv(x, taps, same), (x, taps, same)), _con
 
 def conv_step(window: jax.Array, x: jax.Array, taps: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token of causal_conv: window [B, W - 1, channels] of the inputs before x [B, channels] -> (out, next window)."""
-    inputs = jnp.concatenate([window, x[:, None]], axis=1)
-    return silu(jnp.sum(inputs * taps.astype(x.dtype)[None], axis=1)), inputs[:, 1:]
+    inputs, taps = jnp.concatenate([window, x[:, None]], axis=1), taps.astype(x.dtype)
+    return silu(sum(inputs[:, i] * taps[i][None] for i in range(taps.shape[0]))), inputs[:, 1:]
 
 
 def embed(table: jax.Array, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Rows of the table [V, D] in the compute type, times sqrt(D) if the configuration says so."""
-    x = table[tokens].astype(cfg.dtype)
+    """Rows of the table [V, D] in the compute type, times sqrt(D) if the configuration says so: tokens [B] or [B, T] -> [..., D].
+
+    Under a mesh every device looks up its part of the width for all the rows that share it, and one exchange turns parts of the width
+    into whole rows; the table itself stays where it lies.
+    """
+    length = ("length",) * (tokens.ndim - 1)
+    tokens = constrain(tokens, "width_rows", *length)
+    x = constrain(table[tokens].astype(cfg.dtype), "width_rows", *length, "embed")
+    x = constrain(x, "batch", *length, "hidden")
     return x * math.sqrt(cfg.d_model) if cfg.scale_embeddings else x

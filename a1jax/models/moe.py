@@ -73,9 +73,9 @@ def experts_dense(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: ja
     than pays for the second computation.
     """
     (e, f, d), t = down.shape, x.shape[0]
-    if t <= DENSE_ROWS:  # a decoding step: one matmul per expert, on the weights as they lie
-        h = glu(jnp.matmul(x[None], gate_up), f) * weights.T[..., None].astype(x.dtype)
-        return jnp.sum(jnp.matmul(h, down), axis=0)
+    if t <= DENSE_ROWS:  # a decoding step: one matmul into all experts, one out of them
+        h = (x @ jnp.moveaxis(gate_up, 0, 1).reshape(d, -1)).reshape(t, e, 2 * f)
+        return (glu(h, f) * weights[..., None].astype(x.dtype)).reshape(t, -1) @ down.reshape(e * f, d)
     gate, up = (jnp.moveaxis(half, 0, 1).reshape(d, e * f) for half in jnp.split(gate_up, 2, axis=-1))
     down = down.reshape(e * f, d)
 
@@ -143,7 +143,14 @@ def experts_sharded(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: 
     gathered = tuple(axis for axis in rows if axis in owners)
     summed = tuple(axis for axis in owners if axis not in rows)
 
+    replicated = tuple(axis for axis in rows if axis not in owners)  # expert weights are copied over these (data)
+
     def local(x, weights, gate_up, down):
+        # A custom gradient does not sum over the devices that share its argument; the gradient of this cast does.
+        if summed:
+            x, weights = (jax.lax.pcast(y, summed, to="varying") for y in (x, weights))
+        if replicated:
+            gate_up, down = (jax.lax.pcast(y, replicated, to="varying") for y in (gate_up, down))
         for axis in reversed(gathered):
             x, weights = (jax.lax.all_gather(y, axis, tiled=True) for y in (x, weights))
         first = jnp.int32(0)

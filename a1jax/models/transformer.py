@@ -58,7 +58,7 @@ def apply(params: dict, tokens: jax.Array, positions: jax.Array, segment_ids: ja
     runs, valid = number_runs(segment_ids), segment_ids > 0
     cos, sin = rotary_angles(positions, cfg.rotary_dim, cfg.rope_theta)
     with jax.named_scope("embed"):
-        x = constrain(embed(params["embed_tokens"], tokens, cfg), "batch", "length", "hidden")
+        x = embed(params["embed_tokens"], tokens, cfg)
 
     def block(x, p):
         return apply_block(p, x, runs, valid, cos, sin, cfg)

@@ -138,6 +138,7 @@ class _Session:
                 self.tokens[slot, :] = prompt[:s]
                 self.known[slot] = s
                 self._finish(slot, TRUNCATED, refill=False)
+                self.runs[slot] = None
                 continue
             self.tokens[slot, : len(prompt)] = prompt
             self.uniforms[slot] = sampler.run_uniforms(self.seed, index, attempt, s)

@@ -20,7 +20,8 @@ import numpy as np
 from .. import optim, train
 from ..config import Binding, ConfigError, bind
 from ..data import packing
-from ..losses import distill as distill_loss, masked
+from ..losses import distill as distill_loss
+from ..losses import masked
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits

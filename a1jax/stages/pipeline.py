@@ -6,13 +6,12 @@ Every finished stage leaves its parameters, every evaluation its JSON; starting 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
 
 from .. import metrics
-from ..config import Binding, ConfigError, bind
+from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
 from ..domains import DOMAINS
 from ..models import transformer
@@ -35,6 +34,7 @@ class Experiment:
     """A run of the three stages on embedded domains."""
 
     name: str  # default run directory: runs/<name>
+    main: Binding  # what a run does with this config: a function of (cfg, workdir)
     model: ModelConfig  # of student and teachers
     domains: tuple[str, ...]  # of a1jax.domains, in table order
     runs: dict[str, experts.Runs]  # the finite expert data of stage 1, per domain
@@ -48,7 +48,6 @@ class Experiment:
     tokenizer: TokenizerConfig = TokenizerConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0  # of parameters, data order and rollouts
-    main: Binding = bind(lambda cfg, workdir: None)  # replaced below: what a run does with this config
 
     def __post_init__(self):
         for name in self.domains:
@@ -62,23 +61,13 @@ class Experiment:
 
 
 def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """All three stages and the table; returns the results. Running a finished run again prints its table."""
-    from ..analysis import report  # the report reads run directories; only this function and the notebooks need it
-
-    workdir = pathlib.Path(workdir)
-    if (workdir / "results.json").exists():
-        print(f"{workdir} is finished; its table:\n")
-        print(report.table(json.loads((workdir / "results.json").read_text())))
-        return json.loads((workdir / "results.json").read_text())
-    began = time.perf_counter()
+    """All three stages, their controls and their judgement; returns the results (see ``collect``). Resumable at every step and border."""
+    workdir, began = pathlib.Path(workdir), time.perf_counter()
     with metrics.Writer(workdir) as writer:
         setting = open_setting(cfg, workdir, writer)
         models, chosen = train_all(cfg, setting)
         scores = judge_all(cfg, setting, models)
-    results = collect(cfg, setting, scores, chosen, seconds_so_far(workdir, time.perf_counter() - began))
-    report.write(workdir, results)
-    print(report.table(results))
-    return results
+    return collect(cfg, setting, scores, chosen, time.perf_counter() - began)
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
@@ -106,13 +95,14 @@ def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dic
     mixed = [pair for d in cfg.domains for pair in data[d]]
     with setting.on_mesh():
         models = {"base": setting.init_params()}
-    models["sft"] = sft.run(cfg.sft, models["base"], mixed, setting)
+    models["sft"] = sft.run(cfg.sft, models["base"], sft.Curriculum(cfg.sft, mixed, setting), setting)
     for i, d in enumerate(cfg.domains):
         extra = experts.examples(d, i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
         models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
     chosen = admit(cfg, setting, models)
     models["student"] = distill.run(cfg.distill, models["sft"], {d: models[chosen[d]] for d in cfg.domains}, setting)
-    models["sft_continued"] = sft.run(control_config(cfg), models["sft"], mixed, setting, stage="sft_continued")
+    control = control_config(cfg)
+    models["sft_continued"] = sft.run(control, models["sft"], sft.Curriculum(control, mixed, setting), setting, stage="sft_continued")
     return models, chosen
 
 
@@ -167,12 +157,3 @@ def collect(cfg: Experiment, setting: Setting, scores: dict[str, dict], chosen: 
         "domains": domains, "wall_seconds": seconds, "scores": scores, "stages": {s: setting.facts(s) for s in stages},
         "parameters": {"total": total, "active": active}, "seed": cfg.seed,
     }
-
-
-def seconds_so_far(workdir: pathlib.Path, now: float) -> float:
-    """Wall-clock seconds of this run over all its starts: earlier starts are taken from the gaps between metrics lines they wrote."""
-    times = [line["time"] for line in metrics.read(workdir)]
-    if not times:
-        return now
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    return now + sum(g for g in gaps if 0 < g < 120) if times[-1] - times[0] > now else now

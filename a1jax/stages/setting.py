@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from .. import checkpoint, metrics, params as param_specs, sharding
+from .. import checkpoint, metrics, sharding
+from .. import params as param_specs
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer
 from ..models import transformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -84,30 +84,47 @@ def router_metrics(aux: Metrics, share: float) -> Metrics:
     return {name: share * value for name, value in aux.items() if name.startswith("router/")}
 
 
+class Packed:
+    """A train.Source over one grain loader; its state is the loader's position."""
+
+    def __init__(self, loader: batches.Loader, setting: Setting):
+        self.loader, self.setting = loader, setting
+
+    def next(self, state: TrainState) -> tuple[Batch, Metrics]:
+        del state
+        batch = next(self.loader)
+        return self.setting.put(batch), {"tokens": int((batch.segment_ids > 0).sum())}
+
+    def get_state(self) -> dict:
+        return self.loader.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self.loader.set_state(state)
+
+
 class Curriculum:
-    """A train.Source that reads one packed loader per phase; its state is the loaders' positions."""
+    """A train.Source with one packed loader per phase, chosen by the step; data: pairs of length in steps and example."""
 
     def __init__(self, cfg: SftConfig, data: Sequence[tuple[int, Example]], setting: Setting):
         phases = cfg.phases or (Phase(1.0, max(steps for steps, _ in data)),)
         ends = np.cumsum([p.share for p in phases]) * cfg.steps
-        self.setting, self.ends = setting, [round(float(e)) for e in ends]
-        self.loaders = [
-            batches.loader([e for steps, e in data if steps <= p.max_steps], batch_size=cfg.rows, max_length=cfg.max_length,
-                           seed=setting.seed + i, policy=cfg.policy)
+        self.ends = [round(float(e)) for e in ends]
+        self.phases = [
+            Packed(batches.loader([e for steps, e in data if steps <= p.max_steps], batch_size=cfg.rows, max_length=cfg.max_length,
+                                  seed=setting.seed + i, policy=cfg.policy), setting)
             for i, p in enumerate(phases)
         ]
 
     def next(self, state: TrainState) -> tuple[Batch, Metrics]:
         phase = int(np.searchsorted(self.ends, int(state.step), side="right"))
-        batch = next(self.loaders[min(phase, len(self.loaders) - 1)])
-        return self.setting.put(batch), {"tokens": int((batch.segment_ids > 0).sum())}
+        return self.phases[min(phase, len(self.phases) - 1)].next(state)
 
     def get_state(self) -> dict:
-        return {"loaders": [loader.get_state() for loader in self.loaders]}
+        return {"phases": [phase.get_state() for phase in self.phases]}
 
     def set_state(self, state: dict) -> None:
-        for loader, position in zip(self.loaders, state["loaders"], strict=True):
-            loader.set_state(position)
+        for phase, position in zip(self.phases, state["phases"], strict=True):
+            phase.set_state(position)
 
 
 @functools.lru_cache(maxsize=8)
@@ -119,8 +136,11 @@ def jitted_step(model: ModelConfig, num_domains: int, reduction: str, vocab_bloc
     return jax.jit(train.make_train_step(loss_fn, tx, microbatches, weigh_fn, finish), donate_argnums=(0,))
 
 
-def run(cfg: SftConfig, params: Params, data: Sequence[tuple[int, Example]], setting: Setting, stage: str = "sft") -> Params:
-    """Train on ``data`` (pairs of length in steps and example), starting from ``params``; resumable; returns the new parameters."""
+def run(
+    cfg: SftConfig, params: Params, source: train.Source, setting: Setting, stage: str = "sft",
+    probe: Callable[[Params], Metrics] | None = None, probe_every: int = 1,
+) -> Params:
+    """Train on the batches of ``source``, starting from ``params``; resumable; returns the new parameters. probe: see train.fit."""
     done = setting.finished(stage)
     if done is not None:
         return done
@@ -128,11 +148,8 @@ def run(cfg: SftConfig, params: Params, data: Sequence[tuple[int, Example]], set
     tx = cfg.optimizer(setting.specs, cfg.steps)
     with setting.on_mesh():
         step = jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.microbatches, optim.program(cfg.optimizer))
-        source = Curriculum(cfg, data, setting)
         state = train.fit(
             train.init_state(params, tx, setting.seed), step, source, steps=cfg.steps, stage=stage,
             directory=setting.directory(stage) / "checkpoints", writer=setting.writer, save_every=cfg.save_every, keep=cfg.keep,
-            log_every=cfg.log_every,
-        )
-        facts = {"steps": cfg.steps, "runs": len(data), "seconds": time.perf_counter() - began}
-        return setting.finish(stage, state.params, facts)
+            log_every=cfg.log_every, probe=probe, probe_every=probe_every)
+        return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})

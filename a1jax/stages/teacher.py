@@ -19,7 +19,7 @@ class TeacherConfig:
 
 def run(cfg: TeacherConfig, params: Params, data: Sequence[tuple[int, Example]], setting: Setting, domain: str) -> Params:
     """The teacher of ``domain``: the stage-1 parameters trained on this domain's runs only. Resumable."""
-    return sft.run(cfg.sft, params, data, setting, stage=stage_name(domain))
+    return sft.run(cfg.sft, params, sft.Curriculum(cfg.sft, data, setting), setting, stage=stage_name(domain))
 
 
 def stage_name(domain: str) -> str:

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from a1jax.kernels.vocab_align import blocks, ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from a1jax.kernels.vocab_align import blocks, ops, reference
 
 N, D, V = 37, 16, 103
 
@@ -45,7 +44,7 @@ def largest(jaxpr) -> int:
     return max(sizes)
 
 
-@pytest.mark.parametrize(("block", "k"), [(1, 5), (8, 1), (8, 103), (52, 5), (102, 5), (103, 103), (4096, 5)])
+@pytest.mark.parametrize(("block", "k"), [(1, 5), (8, 1), (8, 103), (102, 5), (4096, 103)])
 def test_topk_equals_the_dense_form(block, k):
     hidden, unembed = arrays()
     values, ids, total = topk(hidden, unembed, k, block)
@@ -56,7 +55,7 @@ def test_topk_equals_the_dense_form(block, k):
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**16), block=st.sampled_from([7, 103]), k=st.sampled_from([1, 30]))
+@given(seed=st.integers(0, 2**16), block=st.sampled_from([7, 103]), k=st.just(30))
 def test_topk_breaks_ties_by_the_lower_id(seed, block, k):
     hidden, unembed = integers(seed)
     values, ids, _ = topk(hidden, unembed, k, block)
@@ -66,21 +65,29 @@ def test_topk_breaks_ties_by_the_lower_id(seed, block, k):
     np.testing.assert_array_equal(values, np.take_along_axis(logits, expected, axis=1))
 
 
-@pytest.mark.parametrize("block", [10, 103])
-def test_padding_rows_are_in_nothing(block):
+@pytest.mark.parametrize(("block", "by_value"), [(10, False), (10, True), (103, False)])
+def test_padding_rows_are_in_nothing(block, by_value):
     hidden, unembed = arrays()
     valid = np.ones(V, bool)
     valid[[0, 1, 50, 102]] = False
     valid[10:20] = False  # a whole block, and the first one it meets after it
-    loud = unembed.at[np.flatnonzero(~valid)].set(100.0)  # would win every top-k and every log-sum-exp
-    expected = jax.jit(reference.topk, static_argnums=2)(hidden, unembed[np.flatnonzero(valid)], 7)
-    expected = (expected[0], np.flatnonzero(valid)[expected[1]], expected[2])
-    for matrix, given_valid in ((loud, valid), (unembed.at[np.flatnonzero(~valid)].set(-jnp.inf), None)):
-        got = topk(hidden, matrix, 7, block, given_valid)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
-        np.testing.assert_allclose(logsumexp(hidden, matrix, block, given_valid), expected[2], rtol=1e-6)
-        grads = jax.jit(jax.grad(lambda h, w, v=given_valid: jnp.sum(logsumexp(h, w, block, v)), (0, 1)))(hidden, matrix)
-        assert np.isfinite(grads[0]).all() and not np.asarray(grads[1])[~valid].any() and np.asarray(grads[1])[valid].all()
+    padding, tokens = np.flatnonzero(~valid), np.flatnonzero(valid)
+    # Marked, a row that would win every top-k and every log-sum-exp; or not marked, and -inf itself.
+    matrix = unembed.at[padding].set(-jnp.inf if by_value else 100.0)
+    given = None if by_value else valid
+
+    @jax.jit
+    def everything(h, w):
+        grads = jax.grad(lambda h, w: jnp.sum(ops.logsumexp(h, w, block, given)), (0, 1))(h, w)
+        return ops.topk(h, w, 7, block, given), ops.logsumexp(h, w, block, given), grads
+
+    got, total, grads = everything(hidden, matrix)
+    values, ids, expected = float64(lambda h, w: reference.topk(h, w, 7), hidden, unembed[tokens])
+    np.testing.assert_array_equal(got[1], tokens[ids])
+    np.testing.assert_allclose(got[0], values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[2], expected, rtol=1e-6)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert np.isfinite(grads[0]).all() and not np.asarray(grads[1])[padding].any() and np.asarray(grads[1])[tokens].all()
 
 
 def test_k_beyond_the_valid_ids_is_refused_where_it_can_be_known():
@@ -121,7 +128,7 @@ def test_logsumexp_and_its_gradient(block):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
 
 
-@pytest.mark.parametrize("slab", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("slab", [1000, 1 << 20])
 def test_gather_logits_and_its_gradient(slab):
     hidden, unembed = arrays()
     rng = np.random.default_rng(2)
@@ -131,14 +138,20 @@ def test_gather_logits_and_its_gradient(slab):
     def dense(h, w, g):
         return jnp.sum(g * reference.gather_logits(h, w, ids))
 
-    got = gather_logits(hidden, unembed, ids, slab)
+    @jax.jit
+    def everything(h, w):
+        grads = jax.grad(lambda h, w: jnp.sum(weight * ops.gather_logits(h, w, ids, slab)), (0, 1))(h, w)
+        # On a CPU the gradient is the second of these, elsewhere the first.
+        scattered = [f(h, ids, weight, jnp.ones((V, D)), slab) for f in (ops.scatter_by_id, ops.scatter_by_token)]
+        return ops.gather_logits(h, w, ids, slab), grads, scattered
+
+    got, grads, scattered = everything(hidden, unembed)
     np.testing.assert_allclose(got, reference.gather_logits(hidden, unembed, ids), rtol=1e-5, atol=1e-5)
-    grads = jax.jit(jax.grad(lambda h, w: jnp.sum(weight * gather_logits(h, w, ids, slab)), (0, 1)))(hidden, unembed)
     expected = float64(jax.grad(dense, (0, 1)), hidden, unembed, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected)
     assert not np.asarray(grads[1])[V // 2 :].any()
-    for scatter in (ops.scatter_by_id, ops.scatter_by_token):  # the second runs on a CPU, the first elsewhere
-        np.testing.assert_allclose(jax.jit(scatter, static_argnames="slab")(hidden, ids, weight, jnp.ones((V, D)), slab), expected[1] + 1, rtol=1e-4, atol=1e-5)
+    for result in scattered:
+        np.testing.assert_allclose(result, expected[1] + 1, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_inputs_are_summed_in_float32():

@@ -1,5 +1,7 @@
 """The blocked cross-entropy against optax's dense one in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from a1jax.losses.cross_entropy import blocked_cross_entropy
 
-N, D, V = 90, 12, 103
+N, D, V = 96, 12, 103
 
 
 def arrays(dtype=jnp.float32, tokens=N, vocab=V, width=D):
@@ -19,6 +21,7 @@ def arrays(dtype=jnp.float32, tokens=N, vocab=V, width=D):
     return hidden, unembed, jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32), jnp.asarray(weights)
 
 
+@functools.cache
 def ours(block, tile):
     def function(hidden, unembed, targets, weights):
         return blocked_cross_entropy(hidden, unembed, targets, weights, block, tile)
@@ -31,11 +34,13 @@ def dense(hidden, unembed, targets, weights):
     return jnp.sum(jnp.where(weights != 0, weights * losses, 0))
 
 
+REFERENCE = jax.jit(jax.value_and_grad(dense, (0, 1)))
+
+
 def float64(hidden, unembed, targets, weights):
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (hidden, unembed, weights)]
-        result = jax.jit(jax.value_and_grad(dense, (0, 1)))(*wide[:2], jnp.asarray(targets), wide[2])
-        return jax.tree.map(np.asarray, result)
+        return jax.tree.map(np.asarray, REFERENCE(*wide[:2], jnp.asarray(targets), wide[2]))
 
 
 def close(got, expected, tolerance=1e-4):
@@ -57,14 +62,12 @@ def largest(jaxpr) -> int:
     return max(sizes)
 
 
-@pytest.mark.parametrize(("block", "tile"), [(1, None), (20, None), (103, None), (102, 7), (4096, 16), (64, 1000)])
+@pytest.mark.parametrize(("block", "tile"), [(20, None), (103, None), (20, 16), (102, 7), (4096, 1000)])
 def test_equals_the_dense_form(block, tile):
     (loss, metrics), grads = ours(block, tile)(*arrays())
     expected, expected_grads = float64(*arrays())
     close(loss, expected, 1e-5)
     close(grads, expected_grads)
-    value, _ = jax.jit(lambda *a: blocked_cross_entropy(*a, block, tile))(*arrays())  # not differentiated: another path
-    np.testing.assert_allclose(value, loss, rtol=1e-6)
     hidden, unembed, targets, weights = (np.asarray(x) for x in arrays())
     on = weights != 0
     logits = hidden @ unembed.T
@@ -74,20 +77,25 @@ def test_equals_the_dense_form(block, tile):
     assert metrics["ce/tokens"] == on.sum()
 
 
+def test_the_value_alone_is_the_same():
+    value, _ = jax.jit(lambda *a: blocked_cross_entropy(*a, 20, 16))(*arrays())  # not differentiated: another path
+    np.testing.assert_allclose(value, ours(20, 16)(*arrays())[0][0], rtol=1e-6)
+
+
 def test_value_by_hand():
     # logits (0, ln 2, ln 5) and (ln 6, ln 2, 0): losses ln 8 - ln 2 and ln 9 - ln 6
     hidden, unembed = jnp.eye(2), jnp.log(jnp.asarray([[1.0, 6.0], [2.0, 2.0], [5.0, 1.0]]))
-    loss, metrics = blocked_cross_entropy(hidden, unembed, jnp.asarray([1, 0]), jnp.asarray([0.25, 0.5]), 2)
+    (loss, metrics), _ = ours(2, None)(hidden, unembed, jnp.asarray([1, 0]), jnp.asarray([0.25, 0.5]))
     np.testing.assert_allclose(loss, 0.25 * np.log(4) + 0.5 * np.log(1.5), rtol=1e-6)
     np.testing.assert_allclose(metrics["ce/loss"], (np.log(4) + np.log(1.5)) / 2, rtol=1e-6)
     assert metrics["ce/accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("block", [2, 3, 9])
+@pytest.mark.parametrize("block", [2, 9])
 def test_accuracy_breaks_ties_by_the_lowest_id(block):
     unembed = jnp.asarray([0.0, 1, 1, 0, 1, 0, 1, 0, 0])[:, None]  # ids 1, 2, 4 and 6 are all best
     targets = jnp.asarray([1, 2, 4, 6, 0])
-    _, metrics = blocked_cross_entropy(jnp.ones((5, 1)), unembed, targets, jnp.ones(5), block)
+    _, metrics = jax.jit(blocked_cross_entropy, static_argnums=4)(jnp.ones((5, 1)), unembed, targets, jnp.ones(5), block)
     np.testing.assert_allclose(metrics["ce/accuracy"], 0.2)
 
 
@@ -109,19 +117,17 @@ def test_nothing_masked_in(tile):
     assert loss == 0 and not any(np.asarray(g).any() for g in grads) and metrics["ce/tokens"] == 0 and metrics["ce/loss"] == 0
 
 
-@pytest.mark.parametrize("tile", [None, 16])
-def test_micro_batches_add_up(tile):
+def test_micro_batches_add_up():
     batch = arrays()
-    (loss, _), grads = ours(20, tile)(*batch)
-    parts = [ours(20, tile)(x[0], batch[1], *x[1:]) for x in zip(*(np.split(batch[i], 3) for i in (0, 2, 3)), strict=True)]
+    (loss, _), grads = ours(20, None)(*batch)
+    parts = [ours(20, 16)(x[0], batch[1], *x[1:]) for x in zip(*(np.split(batch[i], 3) for i in (0, 2, 3)), strict=True)]
     np.testing.assert_allclose(sum(p[0][0] for p in parts), loss, rtol=1e-6)
     close((jnp.concatenate([p[1][0] for p in parts]), sum(p[1][1] for p in parts)), jax.tree.map(np.asarray, grads), 1e-5)
 
 
-@pytest.mark.parametrize("tile", [None, 32])
-def test_bfloat16_inputs(tile):
+def test_bfloat16_inputs():
     batch = arrays(jnp.bfloat16, width=256)
-    (loss, _), grads = ours(40, tile)(*batch)
+    (loss, _), grads = ours(40, 32)(*batch)
     expected, expected_grads = float64(*batch)
     close(loss, expected)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16] and loss.dtype == jnp.float32
@@ -143,17 +149,18 @@ def test_no_array_of_all_tokens_over_all_ids(tile):
         return ours(64, tile)(*batch)
 
     assert largest(jax.make_jaxpr(run)(*batch).jaxpr) < 512 * 2100 // 8
+    if tile is not None:
+        return  # its compiled form is one of smaller tiles
     assert jax.jit(run).lower(*batch).compile().memory_analysis().temp_size_in_bytes < 4 * 512 * 2100 // 4
     assert largest(jax.make_jaxpr(jax.jit(dense))(*batch).jaxpr) >= 512 * 2100  # the measure sees what it is meant to see
 
 
-@pytest.mark.parametrize("tile", [None, 16])
-def test_sharded_tokens_change_nothing(tile):
-    batch = arrays(tokens=96)
+def test_sharded_tokens_change_nothing():
+    batch = arrays()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = [jax.sharding.PartitionSpec(*a) for a in (("data",), (), ("data",), ("data",))]
     split = [jax.device_put(x, jax.sharding.NamedSharding(mesh, s)) for x, s in zip(batch, specs, strict=True)]
-    got, expected = ours(40, tile)(*split), ours(40, tile)(*batch)
+    got, expected = ours(20, None)(*split), ours(20, None)(*batch)
     close(got, jax.tree.map(np.asarray, expected), 1e-5)
 
 

@@ -1,0 +1,280 @@
+"""Salient vocabulary alignment and its two siblings, against jax.grad of dense float64 forms."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a1jax.losses import divergence
+from a1jax.losses.distill import distill, sva, teacher_targets
+
+N, V, D, WIDE, K = 24, 53, 8, 12, 6  # the teacher is wider than the student
+
+TARGETS = jax.jit(teacher_targets, static_argnums=(2, 3))
+
+
+def arrays(seed=0, tokens=N, vocab=V):
+    """student hidden, student unembed, teacher hidden, teacher unembed, weights (some 0)."""
+    rng = np.random.default_rng(seed)
+    shapes = ((tokens, D), (vocab, D), (tokens, WIDE), (vocab, WIDE))
+    weights = np.where(rng.random(tokens) < 0.7, rng.random(tokens), 0)
+    return tuple(jnp.asarray(x, jnp.float32) for x in (*(rng.normal(size=s) * 0.7 for s in shapes), weights))
+
+
+@functools.cache
+def ours(mode, k=K, block=16):
+    def function(sh, sw, th, tw, weights):
+        return distill(sh, sw, th, tw, weights, k=k, mode=mode, block=block)
+
+    return jax.jit(jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True))
+
+
+def dense(sh, sw, th, tw, weights, mode, k):
+    """The definitions, over whole logits."""
+    logp, logq = jax.nn.log_softmax(sh @ sw.T), jax.nn.log_softmax(th @ tw.T)
+    if mode != "full":
+        support = jax.lax.top_k(logq, k)[1]
+        logp, logq = (jnp.take_along_axis(x, support, axis=1) for x in (logp, logq))
+    if mode == "salient":
+        logp, logq = jax.nn.log_softmax(logp), jax.nn.log_softmax(logq)
+    if mode == "tail":
+        logp, logq = (jnp.concatenate([x, jnp.log1p(-jnp.exp(x).sum(1, keepdims=True))], axis=1) for x in (logp, logq))
+    return jnp.sum(weights * jnp.sum(jnp.exp(logp) * (logp - logq), axis=1))
+
+
+@functools.cache
+def dense_reference(mode):
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in arrays())
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(functools.partial(dense, mode=mode, k=K), (0, 1)))(*wide))
+
+
+def close(got, expected, tolerance=1e-4):
+    """Relative to the largest element of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def largest(jaxpr) -> int:
+    """Elements of the largest array that any equation makes, in loops, branches and custom gradients too."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    sizes.append(largest(inner))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_value_and_gradient_equal_the_dense_form(mode):
+    (loss, metrics), grads = ours(mode)(*arrays())
+    expected, expected_grads = dense_reference(mode)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    close(grads[:2], expected_grads)
+    assert not np.asarray(grads[2]).any() and not np.asarray(grads[3]).any()  # nothing to the teacher
+    sh, sw, th, tw, weights = (np.asarray(x, np.float64) for x in arrays())
+    on = weights != 0
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (sh @ sw.T, th @ tw.T))
+    support = np.argsort(-q, axis=1)[:, :K]
+    coverage, on_support = (np.take_along_axis(x, support, axis=1) for x in (p, q))
+    classes = {"salient": on_support / on_support.sum(1, keepdims=True), "full": q}
+    classes["tail"] = np.concatenate([on_support, 1 - on_support.sum(1, keepdims=True)], axis=1)
+    entropy = -(classes[mode] * np.log(classes[mode])).sum(1)
+    assert metrics["distill/tokens"] == on.sum()
+    np.testing.assert_allclose(metrics["distill/teacher_entropy"], entropy[on].mean(), rtol=1e-5)
+    if mode == "full":
+        assert "distill/coverage" not in metrics
+    else:
+        np.testing.assert_allclose(metrics["distill/coverage"], coverage.sum(1)[on].mean(), rtol=1e-5)
+
+
+def student_and_teacher(student, teacher):
+    """One token whose log-probabilities are these: hidden 1, the output matrix holds the logits."""
+    student, teacher = (jnp.log(jnp.asarray(x, jnp.float32))[:, None] for x in (student, teacher))
+    return jnp.ones((1, 1)), student, jnp.ones((1, 1)), teacher, jnp.ones(1)
+
+
+def test_the_worked_case_of_the_design():
+    # The teacher has (.5, .4) on its top two, the student 8.2e-5 on each: renormalised it looks almost right, it is not.
+    case = student_and_teacher([8.2e-5, 8.2e-5, 1 - 1.64e-4], [0.5, 0.4, 0.1])
+    found = jax.jit(lambda *a: {mode: distill(*a, k=2, mode=mode) for mode in ("salient", "tail", "full")})(*case)
+    np.testing.assert_allclose(found["salient"][0], 0.00621, atol=1e-5)
+    np.testing.assert_allclose(found["tail"][0], 2.3006, rtol=1e-4)
+    np.testing.assert_allclose(found["full"][0], 2.3006, rtol=1e-4)  # one id outside S: the tail is exact
+    np.testing.assert_allclose(found["salient"][1]["distill/coverage"], 1.64e-4, rtol=1e-3)
+    np.testing.assert_allclose(found["salient"][1]["distill/teacher_entropy"], -(5 / 9 * np.log(5 / 9) + 4 / 9 * np.log(4 / 9)), rtol=1e-5)
+
+
+def test_the_gradient_on_the_support_is_the_closed_form():
+    batch = arrays()
+    targets = TARGETS(batch[2], batch[3], K, 16)
+    # With the identity as output matrix the hidden states are the student's logits, and their gradient is the one of the design.
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(N, V)), jnp.float32)
+    weights = batch[4]
+    grad = jax.jit(jax.grad(lambda x: sva(x, jnp.eye(V), targets.logits, targets.support, weights, coverage=True)[0]))(logits)
+    support = np.asarray(targets.support)
+    p = np.exp(np.take_along_axis(np.asarray(logits, np.float64), support, axis=1))
+    q = np.exp(np.asarray(targets.logits, np.float64))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    kl = (p * np.log(p / q)).sum(1, keepdims=True)
+    expected = np.zeros((N, V))
+    np.put_along_axis(expected, support, np.asarray(weights)[:, None] * p * (np.log(p / q) - kl), axis=1)
+    close(grad, expected)
+    outside = np.ones((N, V), bool)
+    np.put_along_axis(outside, support, False, axis=1)
+    assert not np.asarray(grad)[outside].any()  # exactly zero, though coverage looked there
+    assert not np.asarray(grad)[np.asarray(weights) == 0].any()
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_masked_tokens_have_no_gradient(mode):
+    batch = arrays()
+    grads = ours(mode)(*batch)[1]
+    masked = np.asarray(batch[4]) == 0
+    assert masked.any() and not np.asarray(grads[0])[masked].any() and np.asarray(grads[0])[~masked].any(axis=1).all()
+    (loss, metrics), grads = ours(mode)(*batch[:4], 0 * batch[4])
+    assert loss == 0 and not any(np.asarray(g).any() for g in grads) and metrics["distill/kl"] == 0
+
+
+def test_larger_supports():
+    batch = arrays(seed=5)
+
+    @jax.jit
+    def coverages(*a):
+        return [distill(*a, k=k, block=16)[1]["distill/coverage"] for k in (1, 2, 20, V)]
+
+    found = np.asarray(coverages(*batch))
+    assert (np.diff(found) > 0).all()
+    np.testing.assert_allclose(found[-1], 1, rtol=1e-6)
+
+
+def test_the_whole_vocabulary_as_support_is_the_full_divergence():
+    (full, _), full_grads = ours("full")(*arrays())
+    (salient, _), grads = ours("salient", V)(*arrays())
+    np.testing.assert_allclose(salient, full, rtol=1e-5)
+    close(grads[:2], jax.tree.map(np.asarray, full_grads[:2]))
+    tail, _ = jax.jit(functools.partial(distill, k=V, mode="tail", block=16))(*arrays())
+    np.testing.assert_allclose(tail, full, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_the_names_of_ids_do_not_matter(mode):
+    sh, sw, th, tw, weights = arrays()
+    order = np.random.default_rng(4).permutation(V)
+    (loss, metrics), grads = ours(mode)(sh, sw, th, tw, weights)
+    (again, metrics_again), grads_again = ours(mode)(sh, sw[order], th, tw[order], weights)
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    close(metrics_again, jax.tree.map(np.asarray, metrics), 1e-5)
+    close((grads_again[0], grads_again[1]), (np.asarray(grads[0]), np.asarray(grads[1])[order]))
+
+
+def test_never_negative_and_zero_only_for_equals():
+    rng = np.random.default_rng(6)
+    eye = jnp.eye(V)
+    support = jnp.broadcast_to(jnp.arange(K, dtype=jnp.int32)[None, :], (1, K))
+
+    @jax.jit
+    def losses(student, teacher):  # [salient, tail] per token
+        def one(pair):
+            s, t = (x[None] for x in pair)
+            total = jax.nn.logsumexp(t, axis=1)
+            common = {"teacher_logsumexp": total, "coverage": False}
+            return jnp.stack([sva(s, eye, t[:, :K], support, jnp.ones(1), mode=mode, **common)[0] for mode in ("salient", "tail")])
+
+        return jax.lax.map(one, (student, teacher))
+
+    student, teacher = (jnp.asarray(rng.normal(size=(200, V)) * 3, jnp.float32) for _ in range(2))
+    assert (np.asarray(losses(student, teacher)) > 1e-3).all()
+    np.testing.assert_allclose(losses(teacher, teacher), 0, atol=1e-6)
+    shifted = np.asarray(losses(teacher.at[:, K:].add(2.0), teacher))  # the same on S up to a constant: only the tail sees it
+    np.testing.assert_allclose(shifted[:, 0], 0, atol=1e-6)
+    assert (shifted[:, 1] > 1e-4).all()
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_blocks_and_micro_batches_change_nothing(mode):
+    batch = arrays()
+    (loss, _), grads = ours(mode)(*batch)
+    halves = [(sh, batch[1], th, batch[3], w) for sh, th, w in zip(*(np.split(batch[i], 2) for i in (0, 2, 4)), strict=True)]
+    parts = [ours(mode, block=V)(*half) for half in halves]
+    np.testing.assert_allclose(sum(p[0][0] for p in parts), loss, rtol=1e-5)
+    close(jnp.concatenate([p[1][0] for p in parts]), np.asarray(grads[0]))
+    close(sum(p[1][1] for p in parts), np.asarray(grads[1]))
+
+
+@pytest.mark.parametrize("mode", ["tail", "full"])
+def test_padding_rows_count_in_nothing(mode):
+    sh, sw, th, tw, weights = arrays()
+    valid = np.arange(V + 7) < V
+    loud = [jnp.concatenate([w, jnp.full((7, w.shape[1]), 50.0)]) for w in (sw, tw)]
+    call = functools.partial(distill, k=K, mode=mode, block=16, valid=valid)
+    loss, grads = jax.jit(jax.value_and_grad(lambda a, b: call(a, b, th, loud[1], weights)[0], (0, 1)))(sh, loud[0])
+    (expected, _), expected_grads = ours(mode)(sh, sw, th, tw, weights)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    close((grads[0], grads[1][:V]), jax.tree.map(np.asarray, expected_grads[:2]))
+    assert not np.asarray(grads[1][V:]).any()
+
+
+def test_a_place_no_id_takes_counts_nothing():
+    sh, sw, th, tw, weights = arrays()
+    targets = TARGETS(th, tw, K, 16)
+    logits = jnp.concatenate([targets.logits, jnp.full((N, 2), -jnp.inf)], axis=1)
+    support = jnp.concatenate([targets.support, jnp.full((N, 2), -1)], axis=1)
+    run = jax.jit(jax.value_and_grad(lambda a, b: sva(a, b, logits, support, weights, block=16)[0], (0, 1)))
+    (expected, _), grads = ours("salient")(sh, sw, th, tw, weights)
+    close(run(sh, sw), jax.tree.map(np.asarray, (expected, grads[:2])), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_no_array_of_all_tokens_over_all_ids(mode):
+    batch = arrays(tokens=512, vocab=2100)
+    run = ours(mode, 16, 64)
+    assert largest(jax.make_jaxpr(run)(*batch).jaxpr) < 512 * 2100 // 8
+    if mode != "tail":
+        return  # what the others compile to is made of the same loops
+    assert run.lower(*batch).compile().memory_analysis().temp_size_in_bytes < 4 * 512 * 2100 // 2
+
+
+def test_without_coverage_the_vocabulary_is_not_walked():
+    sh, sw, th, tw, weights = arrays()
+    targets = TARGETS(th, tw, K, 16)
+    for coverage in (True, False):
+        run = jax.make_jaxpr(lambda a, b, c=coverage: sva(a, b, targets.logits, targets.support, weights, coverage=c, block=V))
+        assert (largest(run(sh, sw).jaxpr) >= N * V) == coverage
+
+
+def test_log_rest():
+    mass = np.asarray([-50.0, -3.0, -0.7, -0.6, -1e-3, -1e-6])
+    rest = jax.jit(jax.vmap(jax.value_and_grad(divergence.log_rest)))
+    value, slope = rest(jnp.asarray(mass, jnp.float32))
+    np.testing.assert_allclose(value, np.log(-np.expm1(mass)), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(slope, -np.exp(mass) / -np.expm1(mass), rtol=1e-4)
+    value, slope = rest(jnp.asarray([0.0, 1e-6], jnp.float32))  # rounding may bring a whole mass above 1
+    np.testing.assert_allclose(value, np.log(divergence.LEAST_REST), rtol=1e-6)
+    assert not np.asarray(slope).any()
+
+
+def test_wrong_arguments_are_refused():
+    sh, sw, th, tw, weights = arrays()
+    logits, support, _ = TARGETS(th, tw, K, 16)
+    unchecked = inspect.unwrap(sva)  # as outside the tests, where nothing checks that a Literal is one
+    with pytest.raises(ValueError, match="mode is 'topk', choose one of salient"):
+        unchecked(sh, sw, logits, support, weights, mode="topk")
+    with pytest.raises(ValueError, match="call distill"):
+        sva(sh, sw, logits, support, weights, mode="full")
+    with pytest.raises(ValueError, match="needs teacher_logsumexp"):
+        sva(sh, sw, logits, support, weights, mode="tail")
+    with pytest.raises(ValueError, match="must be"):
+        sva(sh, sw, logits, support[:, 1:], weights)
+    with pytest.raises(ValueError, match="needs one vocabulary"):
+        distill(sh, sw, th, tw[1:], weights, mode="full")
+    with pytest.raises(ValueError, match="k is 54"):
+        distill(sh, sw, th, tw, weights, k=V + 1)
+    with pytest.raises(ValueError, match="choose one of reverse"):
+        inspect.unwrap(divergence.term)("jensen")

@@ -1,0 +1,174 @@
+"""The loop of turns: what is sampled is what the model says, budgets cut, broken environments are retried alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a1jax import params as param_specs
+from a1jax.config import ConfigError
+from a1jax.data import chat
+from a1jax.data.tokenizer import train_sentencepiece
+from a1jax.domains import DOMAINS, solve
+from a1jax.models import config as models
+from a1jax.models import transformer
+from a1jax.rollout.agent import Engine, Limits
+from a1jax.stages import experts
+from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
+
+LIMITS = Limits(slots=4, max_turns=12, max_turn_tokens=24, max_length=128, temperature=1.0)
+NAMES = ("search", "tool_calling")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=640, symbols=experts.symbols(NAMES, 24))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    cfg = models.tiny(vocab_size=tokenizer.vocab_size, d_model=16, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+                      expert_width=8, shared_expert_width=8)
+    return cfg, param_specs.init(transformer.specs(cfg), jax.random.key(0))
+
+
+def tasks(steps=2):
+    return [DOMAINS[name].propose(seed, steps) for name in NAMES for seed in range(4)]
+
+
+def scripted(engine, texts):
+    """The engine with a model that writes ``texts`` (ids per run) whatever it is fed: the loop itself is what is tested."""
+    runs = iter(texts)
+    at = {"run": None, "position": 0}
+
+    def step(params, cache, tokens, reset, active, uniforms):
+        if reset[0]:
+            at["run"], at["position"] = next(runs), 0
+        at["position"] += int(active[0])
+        following = at["run"][min(at["position"], len(at["run"]) - 1)]
+        return np.full(len(tokens), following, np.int32), np.full(len(tokens), -0.5, np.float32), cache
+
+    engine.step = step
+    return engine
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_experts_tokens_through_the_loop_are_the_experts_run(tokenizer, model, steps):
+    engine = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=256))
+    todo = tasks(steps)
+    wanted = [chat.tokenize(tokenizer, list(solve(t).messages)) for t in todo]
+    done, counts = scripted(engine, [w[0] for w in wanted]).run(None, todo, seed=0)
+    for task, run, (tokens, mask) in zip(todo, done, wanted, strict=True):
+        assert (run.task_id, run.status, run.reward) == (task.task_id, FINISHED, 1.0)
+        n = len(run.tokens)  # the run ends with the model's turn, the rendering with the newline after it
+        np.testing.assert_array_equal(run.tokens, tokens[:n])
+        np.testing.assert_array_equal(run.sampled, mask[:n])
+        assert mask[n:].sum() == 0 and (run.logp == -0.5 * run.sampled).all()
+        assert run.trajectory.messages[-1]["content"] == task.answer and run.trajectory.records[-1].outcome.endswith("accepted")
+    assert counts["tool_errors"] == counts["aborted"] == 0
+
+
+def test_log_probabilities_are_those_of_the_training_forward(tokenizer, model):
+    cfg, params = model
+    done, _ = Engine(cfg, tokenizer, LIMITS).run(params, tasks(), seed=3)
+    for run in done:
+        tokens = jnp.asarray(run.tokens)[None]
+        positions = jnp.arange(tokens.shape[1])[None]
+        pad = (0, LIMITS.max_length - tokens.shape[1])
+        args = (jnp.pad(x, ((0, 0), pad)) for x in (tokens, positions, jnp.ones_like(tokens)))
+        hidden, _ = forward(params, *args, cfg)
+        logp = jax.nn.log_softmax(transformer.logits(params, hidden, cfg)[0], axis=-1)
+        n = len(run.tokens)
+        expected = np.asarray(logp)[np.arange(n - 1), run.tokens[1:]]
+        where = run.sampled[1:] > 0
+        assert where.any()
+        np.testing.assert_allclose(run.logp[1:][where], expected[where], atol=1e-4)
+
+
+forward = jax.jit(transformer.apply, static_argnums=4)
+
+
+def test_same_seed_same_rollouts_whatever_the_slots(tokenizer, model):
+    cfg, params = model
+    one, _ = Engine(cfg, tokenizer, LIMITS).run(params, tasks(), seed=3)
+    two, _ = Engine(cfg, tokenizer, LIMITS).run(params, tasks(), seed=3)
+    three, _ = Engine(cfg, tokenizer, dataclasses.replace(LIMITS, slots=7)).run(params, tasks(), seed=3)
+    other, _ = Engine(cfg, tokenizer, LIMITS).run(params, tasks(), seed=4)
+    for a, b, c in zip(one, two, three, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logp, b.logp)
+        np.testing.assert_array_equal(a.tokens, c.tokens)
+    assert any(len(a.tokens) != len(d.tokens) or (a.tokens != d.tokens).any() for a, d in zip(one, other, strict=True))
+
+
+def test_a_turn_that_never_ends_is_cut_and_kept(tokenizer, model):
+    engine = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_turn_tokens=5))
+    word = tokenizer.encode("find")[0]
+    done, _ = scripted(engine, [[word] * 400]).run(None, tasks()[:1], seed=0)
+    assert done[0].status == TRUNCATED and done[0].sampled.sum() == 5 and done[0].turns == 1 and done[0].reward == 0.0
+    assert done[0].sampled[-5:].all()  # nothing was generated or appended after the cut
+
+
+def test_the_run_stops_at_the_context_and_at_the_turn_budget(tokenizer, model):
+    task = tasks(4)[0]
+    tokens, mask = chat.tokenize(tokenizer, list(solve(task).messages))
+    short = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=60))
+    done, _ = scripted(short, [tokens]).run(None, [task], seed=0)
+    assert done[0].status == TRUNCATED and len(done[0].tokens) <= 60
+    np.testing.assert_array_equal(done[0].tokens, tokens[: len(done[0].tokens)])
+    few = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_turns=2))
+    done, _ = scripted(few, [tokens]).run(None, [task], seed=0)
+    assert done[0].status == TRUNCATED and done[0].turns == 2 and done[0].sampled[-1] == 1.0
+
+
+def test_a_prompt_without_room_for_an_answer_is_truncated_at_once(tokenizer, model):
+    done, counts = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, max_length=4)).run(model[1], tasks(), seed=0)
+    assert [d.status for d in done] == [TRUNCATED] * 8 and counts["decode_steps"] == 0
+
+
+def test_a_broken_call_is_answered_with_its_error_and_the_run_goes_on(tokenizer, model):
+    task = tasks(1)[0]
+    expert, _ = chat.tokenize(tokenizer, list(solve(task).messages))
+    prompt = chat.tokenize(tokenizer, list(task.messages()), add_generation_prompt=True)[0]
+    broken = [*prompt, *tokenizer.encode('<tool_call>\n{"name": }\n</tool_call>'), tokenizer.eos_id]
+    engine = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=256, max_turns=2, max_turn_tokens=48))
+    done, counts = scripted(engine, [np.asarray([*broken, *[tokenizer.eos_id] * 200])]).run(None, [task], seed=0)
+    answer = done[0].trajectory.messages[2]
+    assert answer["role"] == "tool" and answer["content"].startswith("error: ") and "\n" not in answer["content"]
+    assert counts["tool_errors"] >= 1 and tokenizer.decode(done[0].tokens).count("error: ") == 1
+    assert done[0].status == FAILED  # the empty second turn is a final answer, and the wrong one
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaking:
+    """A task whose environment breaks on its first ``times`` calls."""
+
+    task: object
+    broken: list
+    times: int
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def step(self, state, call):
+        if len(self.broken) < self.times:
+            self.broken.append(call.name)
+            raise OSError("connection lost")
+        return self.task.step(state, call)
+
+
+@pytest.mark.parametrize(("times", "status", "aborted"), [(1, FINISHED, 1), (5, ABORTED, 2)])
+def test_a_broken_environment_aborts_its_run_alone_and_retries(tokenizer, model, times, status, aborted):
+    first, second = tasks(1)[:2]
+    wanted = [chat.tokenize(tokenizer, list(solve(t).messages))[0] for t in (first, second)]
+    engine = scripted(Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1)), [wanted[0], wanted[1], wanted[0]])
+    done, counts = engine.run(None, [Breaking(first, [], times), second], seed=0)
+    assert (done[0].status, done[1].status) == (status, FINISHED) and counts["aborted"] == aborted
+
+
+def test_limits_out_of_range_are_refused():
+    with pytest.raises(ConfigError, match="max_turns"):
+        Limits(max_turns=0)

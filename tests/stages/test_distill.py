@@ -1,0 +1,127 @@
+"""Stage 3: who scores what, what the loss does to the student, and that a killed run goes on bitwise."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a1jax import metrics, optim, train
+from a1jax.config import ConfigError, bind
+from a1jax.data import packing
+from a1jax.models import transformer
+from a1jax.rollout.agent import Engine, Limits
+from a1jax.stages import distill
+from a1jax.stages.distill import DistillConfig
+from a1jax.types import ABORTED, FAILED, TRUNCATED, Rollout
+
+LIMITS = Limits(slots=4, max_turns=3, max_turn_tokens=8, max_length=80, temperature=1.0)
+CFG = DistillConfig(steps=4, prompts=3, lengths=(1, 2), rows=3, max_length=80, k=8, optimizer=bind(optim.adamw, learning_rate=3e-3, final=1.0),
+                    limits=LIMITS, save_every=2, vocab_block=256)
+
+
+@pytest.fixture()
+def models(setting):
+    """The student and two teachers that differ from it and from each other."""
+    student = setting.init_params()
+    noisy = [jax.tree.map(lambda p, i=i: p + 0.05 * jax.random.normal(jax.random.key(i), p.shape), student) for i in (1, 2)]
+    return student, dict(zip(setting.domains, noisy, strict=True))
+
+
+def rollout(status=FAILED, n=20, domain="search"):
+    sampled = np.r_[np.zeros(n // 2), np.ones(n - n // 2)].astype(np.float32)
+    return Rollout("t", domain, np.arange(n, dtype=np.int32), sampled, -sampled, status, 0.0, 1)
+
+
+def test_aborted_runs_are_left_out_truncated_ones_kept_and_overflow_counted():
+    batch, left_out = distill.pack_domain([rollout(), rollout(TRUNCATED), rollout(ABORTED)], 1, rows=2, max_length=24)
+    assert batch.tokens.shape == (2, 24) and left_out == 0 and batch.mask.sum() == 20 and set(batch.domains[batch.segment_ids > 0]) == {1}
+    batch, left_out = distill.pack_domain([rollout() for _ in range(5)], 0, rows=2, max_length=24)
+    assert left_out == 3 and (batch.segment_ids > 0).sum() == 40
+    batch, left_out = distill.pack_domain([], 0, rows=2, max_length=24)
+    assert batch.mask.sum() == 0 and left_out == 0
+
+
+def test_every_run_is_scored_by_the_teacher_of_its_domain_only(setting, models):
+    student, teachers = models
+    source = distill.OnPolicy(CFG, setting, Engine(setting.model, setting.tokenizer, LIMITS), teachers)
+    data, out = source.next(train.init_state(student, optim.adamw(setting.specs, 1), 0))
+    batch = data["batch"]
+    assert out["rollout/left_out"] == 0 and set(np.unique(batch.domains)) == {0, 1}
+    for index, domain in enumerate(setting.domains):
+        rows = slice(index * CFG.rows, (index + 1) * CFG.rows)
+        assert (batch.domains[rows][batch.segment_ids[rows] > 0] == index).all()
+        own, other = teachers[domain], teachers[setting.domains[1 - index]]
+        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        logits = {name: dense(p, part, setting.model) for name, p in (("own", own), ("other", other))}
+        values, ids = jax.lax.top_k(logits["own"], CFG.k)
+        np.testing.assert_array_equal(data["support"][rows], ids)
+        np.testing.assert_allclose(data["teacher_logits"][rows], values, atol=1e-5)
+        assert np.abs(np.asarray(values - jax.lax.top_k(logits["other"], CFG.k)[0])).max() > 0.1
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def dense(params, batch, model):
+    hidden, _ = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
+    return transformer.logits(params, hidden, model)
+
+
+def test_loss_is_the_papers_formula_in_float64(setting, models):
+    student, teachers = models
+    model = dataclasses.replace(setting.model, load_balance_coef=0.0)
+    batches = [distill.pack_domain([rollout(n=20 + 6 * i, domain=d) for i in range(2)], j, 2, 80)[0] for j, d in enumerate(setting.domains)]
+    pieces = [{"batch": b, **distill.score(teachers[d], b, model, CFG.k, 256)} for b, d in zip(batches, setting.domains, strict=True)]
+    data = distill.weigh(jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), 2, "domain_mean")
+    value, out = distill.loss(student, data, 1.0, model, CFG)
+
+    expected = []
+    for piece, domain in zip(batches, setting.domains, strict=True):
+        s, t = (np.asarray(dense(p, piece, model), np.float64) for p in (student, teachers[domain]))
+        per_sample = []
+        for row in range(piece.tokens.shape[0]):
+            for segment in range(1, int(piece.segment_ids[row].max()) + 1):
+                terms = []
+                for position in np.flatnonzero((piece.segment_ids[row] == segment) & (piece.mask[row] > 0)):
+                    support = np.argsort(-t[row, position], kind="stable")[: CFG.k]
+                    p, q = (np.exp(x[row, position][support]) / np.exp(x[row, position][support]).sum() for x in (s, t))
+                    terms.append((p * np.log(p / q)).sum())
+                per_sample.append(np.mean(terms))
+        expected.append(np.mean(per_sample))
+    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-4)
+    assert 0.0 < distill.finish(out)["distill/coverage"] < 1.0
+
+
+def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
+    student, teachers = models
+    cfg = dataclasses.replace(CFG, steps=6)
+    whole = distill.run(cfg, student, teachers, setting, "whole")
+    kl = [line["distill/kl"] for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
+    assert len(kl) == 6 and np.mean(kl[-2:]) < 0.8 * np.mean(kl[:2])
+    original = distill.OnPolicy.next
+
+    def interrupted(self, state):
+        if int(state.step) == 3:
+            raise KeyboardInterrupt
+        return original(self, state)
+
+    monkeypatch.setattr(distill.OnPolicy, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(cfg, student, teachers, setting, "cut")
+    monkeypatch.undo()
+    resumed = distill.run(cfg, student, teachers, setting, "cut")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
+
+
+def test_a_domain_without_a_teacher_and_rows_too_short_are_refused(setting, models):
+    with pytest.raises(ConfigError, match="no teacher for domain tool_calling"):
+        distill.run(CFG, models[0], {"search": models[0]}, setting)
+    with pytest.raises(ConfigError, match="max_length"):
+        DistillConfig(max_length=100, limits=Limits(max_length=200))
+
+
+def test_packed_rows_of_rollouts_mask_what_the_student_did_not_write():
+    batch, _ = distill.pack_domain([rollout(n=10)], 0, 1, 16)
+    example = packing.Example(np.arange(10, dtype=np.int32), np.r_[np.zeros(5), np.ones(5)].astype(np.float32))
+    np.testing.assert_array_equal(batch.mask[0, :10], np.r_[example.mask[1:], 0])

@@ -1,0 +1,82 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from a1jax import metrics, optim, train
+from a1jax.config import ConfigError, bind
+from a1jax.data import packing
+from a1jax.stages import sft
+from a1jax.stages.sft import Phase, SftConfig
+
+CFG = SftConfig(steps=8, rows=4, max_length=160, optimizer=bind(optim.muon, learning_rate=0.02), save_every=3, log_every=1, vocab_block=256)
+
+
+def train_on(cfg, data, setting, stage="sft"):
+    return sft.run(cfg, setting.init_params(), sft.Curriculum(cfg, data, setting), setting, stage)
+
+
+def test_stage_learns_stores_and_is_not_run_twice(setting, data):
+    params = train_on(CFG, data, setting)
+    losses = [line["ce/loss"] for line in metrics.read(setting.workdir)]
+    assert len(losses) == 8 and losses[0] > 6.0 and losses[-1] < 0.9 * losses[0]
+    again = sft.run(CFG, None, None, setting)  # finished: neither parameters nor data are looked at
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, again))
+    assert setting.facts("sft")["steps"] == 8
+
+
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(setting, data, monkeypatch):
+    whole = train_on(CFG, data, setting, "whole")
+    taken = iter(range(5))
+    original = sft.Packed.next
+
+    def interrupted(self, state):
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+        return original(self, state)
+
+    monkeypatch.setattr(sft.Packed, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(CFG, data, setting, "cut")
+    monkeypatch.undo()
+    resumed = train_on(CFG, data, setting, "cut")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
+    lines = metrics.read(setting.workdir)
+    kept = [[(line["step"], line["loss"]) for line in lines if line["stage"] == name] for name in ("whole", "cut")]
+    assert kept[0] == kept[1]
+
+
+def test_curriculum_shows_lengths_when_they_are_due(setting, data):
+    cfg = dataclasses.replace(CFG, phases=(Phase(0.5, 1), Phase(0.5, 2)), rows=2)
+    source = sft.Curriculum(cfg, data, setting)
+    short = max(len(e) for steps, e in data if steps == 1)
+    longest = []
+    for step in range(8):
+        batch, _ = source.next(type("State", (), {"step": step}))
+        longest.append(int(batch.positions.max()) + 1)
+    assert max(longest[:4]) <= short < max(longest[4:])
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "domain_mean"])
+def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, data, reduction):
+    params = setting.init_params()
+    model = dataclasses.replace(setting.model, load_balance_coef=0.0)  # the router's loss is a mean per slice by nature
+    chosen = [e for _, e in data[::6]]
+    packed = packing.to_batch(packing.pack_rows(chosen, 4, 200), 200)
+    alone = packing.to_batch([[e] for e in chosen], 200)
+
+    def step(batch, microbatches):
+        made = sft.jitted_step(model, 2, reduction, 256, microbatches, bind(optim.adamw))
+        return made(train.init_state(params, optim.adamw(setting.specs, 1), 0), batch)[1]
+
+    reference = step(packed, 1)
+    for other in (step(packed, 2), step(alone, 1)):
+        for name in ("loss", "grad_norm", "ce/loss", "ce/accuracy", "ce/tokens"):
+            np.testing.assert_allclose(other[name], reference[name], rtol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"rows": 5, "microbatches": 2}, {"phases": (Phase(0.5, 1),)}])
+def test_settings_that_make_no_sense_are_refused(changes):
+    with pytest.raises(ConfigError, match="SftConfig"):
+        SftConfig(**changes)
