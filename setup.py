@@ -38,6 +38,6 @@ setup(
         "tokenizers",
         "tqdm",
     ],
-    extras_require={"test": ["beartype", "hypothesis", "pytest", "ruff", "setuptools", "wheel"]},
+    extras_require={"test": ["beartype", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"]},
     entry_points={"console_scripts": ["a1jax = a1jax.main:main"]},
 )

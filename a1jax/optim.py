@@ -40,7 +40,9 @@ def rate(state: ScheduleState) -> jax.Array:
     return jnp.where(count < state.warmup, (count + 1.0) / (state.warmup + 1.0), cosine)
 
 
-def scheduled(specs: Any, steps: int, learning_rate: float, table_learning_rate: float, warmup: float, final: float) -> optax.GradientTransformation:
+def scheduled(
+    specs: Any, steps: int, learning_rate: float, table_learning_rate: float, warmup: float, final: float
+) -> optax.GradientTransformation:
     """Multiplies updates by the rate of the schedule: matrices by one peak, everything else by the other.
 
     warmup: share of ``steps``. Raises ConfigError for a schedule that makes no sense.
@@ -69,8 +71,16 @@ def is_matrix(spec: Any) -> bool:
 
 
 def adamw(
-    specs: Any, steps: int, *, learning_rate: float = 1e-5, warmup: float = 0.05, final: float = 0.0, b1: float = 0.9, b2: float = 0.95,
-    weight_decay: float = 0.1, clip: float = 1.0,
+    specs: Any,
+    steps: int,
+    *,
+    learning_rate: float = 1e-5,
+    warmup: float = 0.05,
+    final: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    weight_decay: float = 0.1,
+    clip: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW, cosine with warm-up, global-norm clip; defaults are the paper's stage 1 (arXiv 2606.30616, 4.1; b2 and clip are ours).
 
@@ -85,8 +95,16 @@ def adamw(
 
 
 def muon(
-    specs: Any, steps: int, *, learning_rate: float = 1e-2, table_learning_rate: float = 1e-2, warmup: float = 0.05, final: float = 0.1,
-    b2: float = 0.99, weight_decay: float = 0.0, clip: float = 1.0,
+    specs: Any,
+    steps: int,
+    *,
+    learning_rate: float = 1e-2,
+    table_learning_rate: float = 1e-2,
+    warmup: float = 0.05,
+    final: float = 0.1,
+    b2: float = 0.99,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
 ) -> optax.GradientTransformation:
     """Muon on the matrices of every layer and expert, Adam on everything else; cosine with warm-up, global-norm clip.
 

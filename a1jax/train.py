@@ -33,7 +33,10 @@ class Source(Protocol):
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, microbatches: int = 1, weigh: Callable[[Any], Any] | None = None,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    weigh: Callable[[Any], Any] | None = None,
     finish: Callable[[Metrics], Metrics] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), to be jitted by the caller with the state donated.
@@ -77,8 +80,19 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
 
 
 def fit(
-    state: TrainState, step_fn: Callable, source: Source, *, steps: int, stage: str, directory: pathlib.Path, writer: metrics.Writer,
-    save_every: int, keep: int, log_every: int = 10, probe: Callable[[Params], Metrics] | None = None, probe_every: int = 1,
+    state: TrainState,
+    step_fn: Callable,
+    source: Source,
+    *,
+    steps: int,
+    stage: str,
+    directory: pathlib.Path,
+    writer: metrics.Writer,
+    save_every: int,
+    keep: int,
+    log_every: int = 10,
+    probe: Callable[[Params], Metrics] | None = None,
+    probe_every: int = 1,
 ) -> TrainState:
     """Run ``step_fn`` until ``steps``, from the last complete checkpoint in ``directory`` when there is one.
 

@@ -1,7 +1,7 @@
 """Three stages on two embedded domains: one student learns from two teachers, in minutes on two CPU cores.
 
-    a1jax run experiments/quickstart.py            # under 10 minutes on 2 cores
-    a1jax run experiments/quickstart.py:smoke      # all three stages in under 90 seconds; proves the plumbing, learns nothing
+a1jax run experiments/quickstart.py            # under 10 minutes on 2 cores
+a1jax run experiments/quickstart.py:smoke      # all three stages in under 90 seconds; proves the plumbing, learns nothing
 """
 
 import dataclasses
@@ -25,25 +25,32 @@ def get_config(arg: str = "") -> Experiment:
     if arg not in ("", "smoke"):
         raise ConfigError(f"quickstart has no argument '{arg}'; there are '' and 'smoke'")
     muon = bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01)
-    sft = SftConfig(steps=400, rows=8, max_length=320, optimizer=muon, phases=(Phase(0.3, 2), Phase(0.7, 8)))
-    extra = SftConfig(steps=160, rows=8, max_length=320, optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01))
-    limits = Limits(slots=64, max_turns=20, max_turn_tokens=24, max_length=320, temperature=0.0)
+    sft = SftConfig(steps=480, rows=8, max_length=256, loss_tile=256, optimizer=muon, phases=(Phase(0.3, 2), Phase(0.7, 8)))
+    extra = SftConfig(
+        steps=200, rows=8, max_length=256, loss_tile=256, optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01)
+    )
+    limits = Limits(slots=64, max_turns=16, max_turn_tokens=24, max_length=256, temperature=0.0)
     cfg = Experiment(
         name="quickstart",
         main=bind(report.run),
         model=models.tiny(vocab_size=640),
         tokenizer=TokenizerConfig(vocab_size=640),
         domains=DOMAINS,
-        runs={d: Runs({1: 300, 2: 300, 3: 300, 4: 300, 6: 20, 8: 20}) for d in DOMAINS},
+        runs={d: Runs({1: 250, 2: 250, 3: 250, 4: 250, 5: 12, 6: 12}) for d in DOMAINS},
         sft=sft,
-        teachers={d: TeacherConfig(runs=Runs({4: 200, 6: 300, 8: 400}), sft=extra) for d in DOMAINS},
+        teachers={d: TeacherConfig(runs=Runs({3: 150, 4: 150, 5: 300, 6: 300}), sft=extra) for d in DOMAINS},
         distill=DistillConfig(
-            steps=50, prompts=24, lengths=(2, 4, 6, 8), rows=16, max_length=320, k=16,
-            optimizer=bind(optim.adamw, learning_rate=1e-3, final=1.0, weight_decay=0.0),
+            steps=100,
+            prompts=24,
+            lengths=(1, 2, 3, 4, 5, 6),
+            rows=14,
+            max_length=256,
+            k=16,
+            optimizer=bind(optim.muon, learning_rate=0.004, table_learning_rate=0.004, final=0.1),
             limits=dataclasses.replace(limits, slots=48, temperature=1.0),
         ),
-        evaluation=Evaluation(counts={1: 50, 2: 50, 4: 50, 8: 50}),
-        admission=Evaluation(counts={4: 32, 8: 32}),
+        evaluation=Evaluation(counts={1: 50, 2: 50, 4: 50, 6: 50}),
+        admission=Evaluation(counts={4: 32, 6: 32}),
         limits=limits,
     )
     return smoke(cfg) if arg == "smoke" else cfg
@@ -54,12 +61,23 @@ def smoke(cfg: Experiment) -> Experiment:
     short = dataclasses.replace(cfg.sft, steps=12, save_every=6, log_every=4, phases=(Phase(0.5, 1), Phase(0.5, 2)))
     runs = Runs({1: 60, 2: 60})
     return dataclasses.replace(
-        cfg, name="quickstart-smoke", runs={d: runs for d in DOMAINS}, sft=short,
+        cfg,
+        name="quickstart-smoke",
+        runs={d: runs for d in DOMAINS},
+        sft=short,
         teachers={d: TeacherConfig(runs=runs, sft=dataclasses.replace(short, steps=6, phases=())) for d in DOMAINS},
         distill=dataclasses.replace(
-            cfg.distill, steps=3, prompts=8, lengths=(1, 2), rows=4, limits=dataclasses.replace(cfg.distill.limits, slots=16, max_length=160),
-            max_length=160, save_every=2),
+            cfg.distill,
+            steps=3,
+            prompts=8,
+            lengths=(1, 2),
+            rows=4,
+            limits=dataclasses.replace(cfg.distill.limits, slots=16, max_length=160),
+            max_length=160,
+            save_every=2,
+        ),
         control=dataclasses.replace(short, steps=6, phases=()),
-        evaluation=Evaluation(counts={1: 8, 2: 8}), admission=Evaluation(counts={1: 8}),
+        evaluation=Evaluation(counts={1: 8, 2: 8}),
+        admission=Evaluation(counts={1: 8}),
         limits=dataclasses.replace(cfg.limits, slots=16, max_length=160),
     )

@@ -1,6 +1,6 @@
 """SFT on real agent trajectories of four sources, packed to 32,768 tokens.
 
-    a1jax run experiments/real_trajectories.py --set data.paths='["../shared/data/trajectories"]'
+a1jax run experiments/real_trajectories.py --set data.paths='["../shared/data/trajectories"]'
 """
 
 from a1jax import optim
@@ -20,7 +20,15 @@ def get_config(arg: str = "") -> RealRuns:
         data=DataConfig(paths=("../shared/data/trajectories",), tokenizer="../shared/data/tokenizers/qwen3"),
         model=models.tiny(vocab_size=151_680, head_dim=16, attention_chunk=512, delta_chunk=64, remat="block"),
         sft=SftConfig(
-            steps=24, rows=1, max_length=32_768, policy="split", vocab_block=4096, save_every=8, log_every=1,
-            optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.03, warmup=0.1)),
+            steps=24,
+            rows=1,
+            max_length=32_768,
+            policy="split",
+            vocab_block=4096,
+            loss_tile=256,
+            save_every=8,
+            log_every=1,
+            optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.03, warmup=0.1),
+        ),
         probe_every=6,
     )

@@ -240,7 +240,7 @@ def test_annotations_that_cannot_be_resolved_do_not_spoil_the_others():
 
 
 FULL = Config(
-    name='quotes " \' and \\ and é\n',
+    name="quotes \" ' and \\ and é\n",
     stage=Stage(rate=math.inf, loss=bind(optax.adamw, learning_rate=bind(optax.constant_schedule, value=1.0), b1=0.1), stop=-1e-300),
     teachers={"a b": Stage(loss=bind(objective, kind="reverse")), "c": Stage(loss=bind(jax.nn.silu))},
     sizes=(1,),
@@ -271,10 +271,12 @@ _values = st.recursive(
         *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(max_size=5)),
         st.sampled_from([optax.sgd, Stage, jnp.int8]),
     ),
-    lambda inside: st.lists(inside, max_size=3)
-    | st.tuples(inside, inside)
-    | st.dictionaries(st.text(max_size=5) | st.integers(), inside, max_size=3)
-    | inside.map(lambda value: bind(dict, value=value)),
+    lambda inside: (
+        st.lists(inside, max_size=3)
+        | st.tuples(inside, inside)
+        | st.dictionaries(st.text(max_size=5) | st.integers(), inside, max_size=3)
+        | inside.map(lambda value: bind(dict, value=value))
+    ),
     max_leaves=8,
 )
 
@@ -339,10 +341,14 @@ def test_diff_names_every_change():
         ("import nowhere_at_all\n", ["exp.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"]),
         ("def get_config(arg=''):\n    return missing\n", ["exp.py:2: NameError"]),
         ("def get_config(arg=''):\n    return 3\n", ["returned int, not a config dataclass"]),
-        ("from a1jax.config import ConfigError\ndef get_config(arg=''):\n    raise ConfigError(f'unknown arg {arg!r}: smoke, full')\n",
-         ["exp.py:3: unknown arg 'big': smoke, full"]),
-        ("from a1jax_test_config_home import Stage\ndef get_config(arg=''):\n    return Stage(\n        stepz=1)\n",
-         ["exp.py:3: TypeError", "'stepz'"]),
+        (
+            "from a1jax.config import ConfigError\ndef get_config(arg=''):\n    raise ConfigError(f'unknown arg {arg!r}: smoke, full')\n",
+            ["exp.py:3: unknown arg 'big': smoke, full"],
+        ),
+        (
+            "from a1jax_test_config_home import Stage\ndef get_config(arg=''):\n    return Stage(\n        stepz=1)\n",
+            ["exp.py:3: TypeError", "'stepz'"],
+        ),
     ],
 )
 def test_load_says_in_one_line_what_is_wrong_with_a_file(tmp_path, text, parts):

@@ -16,7 +16,7 @@ from a1jax import config, main, provenance
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Importable by name, as a stage's code is: a saved config refers to it.
-HOME = '''
+HOME = """
 import dataclasses, pathlib, time
 from a1jax.config import Binding, ConfigError, bind
 
@@ -44,7 +44,7 @@ def work(cfg, workdir, fail=""):
         time.sleep(60)
     if fail:
         raise ValueError(fail)
-'''
+"""
 
 EXPERIMENT = '''
 """An experiment."""
@@ -147,8 +147,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(here, capsys, argv, part):
     (here / "typo.py").write_text(EXPERIMENT.replace("100 if arg else 3", "'3'"))
     (here / "local.py").write_text(EXPERIMENT + "\ndef work(cfg, workdir):\n    pass\n")
     (here / "lambda.py").write_text(EXPERIMENT.replace("bind(work)", "bind(lambda cfg, workdir: None)"))
-    (here / "bare.py").write_text("from a1jax.types import Record\ndef get_config(arg=''):\n    import dataclasses\n    return Named()\n"
-                                  "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Named:\n    name: str = 'x'\n")
+    (here / "bare.py").write_text(
+        "from a1jax.types import Record\ndef get_config(arg=''):\n    import dataclasses\n    return Named()\n"
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Named:\n    name: str = 'x'\n"
+    )
     (here / "broken.py").write_text("def (:\n")
     before = _files(here)
     assert part in _refused(capsys, "run", *argv)

@@ -73,7 +73,15 @@ class Counting:
 
 def fit(folder, source, **changes):
     with metrics.Writer(folder) as writer:
-        settings = {"steps": 7, "stage": "sft", "directory": folder / "checkpoints", "writer": writer, "save_every": 2, "keep": 2, "log_every": 1}
+        settings = {
+            "steps": 7,
+            "stage": "sft",
+            "directory": folder / "checkpoints",
+            "writer": writer,
+            "save_every": 2,
+            "keep": 2,
+            "log_every": 1,
+        }
         return train.fit(start(), jax.jit(train.make_train_step(loss, optax.sgd(0.01), 1, weigh)), source, **{**settings, **changes})
 
 

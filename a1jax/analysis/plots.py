@@ -50,4 +50,9 @@ def _by_length(axis, domain: str, results: dict[str, Any]) -> None:
     for colour, marker, name in zip(COLOURS, "osv^D", names, strict=False):
         cells = results["scores"][name][domain]["by_steps"]
         axis.plot([int(k) for k in cells], [w / n for w, n in cells.values()], color=colour, marker=marker, label=name)
-    axis.set(title=f"{domain} (n = {results['domains'][domain]['n']})", xlabel="task length (steps)", ylabel="success (held-out tasks)", ylim=(-0.03, 1.03))
+    axis.set(
+        title=f"{domain} (n = {results['domains'][domain]['n']})",
+        xlabel="task length (steps)",
+        ylabel="success (held-out tasks)",
+        ylim=(-0.03, 1.03),
+    )

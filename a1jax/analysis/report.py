@@ -63,12 +63,19 @@ def findings(results: dict[str, Any]) -> list[str]:
 
     for d, r in domains.items():
         line(r["sft"] - r["base"] >= 0.30, f"{d}: SFT beats base by 30 points: {100 * r['base']:.1f} -> {100 * r['sft']:.1f}")
-        line(r["teacher"] > r["sft"], f"{d}: the teacher beats SFT on its own domain: {100 * r['sft']:.1f} -> {100 * r['teacher']:.1f}"
-             + ("" if r["taught_by"] != "sft" else " (not admitted; the SFT model held its place)"))
+        line(
+            r["teacher"] > r["sft"],
+            f"{d}: the teacher beats SFT on its own domain: {100 * r['sft']:.1f} -> {100 * r['teacher']:.1f}"
+            + ("" if r["taught_by"] != "sft" else " (not admitted; the SFT model held its place)"),
+        )
     n = len(domains)
     teachers, student = sum(r["teacher"] for r in domains.values()) / n, sum(r["student"] for r in domains.values()) / n
     control = sum(r["sft_continued"] for r in domains.values()) / n
-    line(student >= 0.9 * teachers, f"one student reaches 90 % of its teachers' mean: {100 * student:.1f} of {100 * teachers:.1f} ({100 * student / max(teachers, 1e-9):.0f} %)")
+    line(
+        student >= 0.9 * teachers,
+        f"one student reaches 90 % of its teachers' mean: {100 * student:.1f} of {100 * teachers:.1f} "
+        f"({100 * student / max(teachers, 1e-9):.0f} %)",
+    )
     line(student >= control, f"and is no worse than SFT continued at the same compute: {100 * student:.1f} against {100 * control:.1f}")
     return out
 
@@ -76,16 +83,40 @@ def findings(results: dict[str, Any]) -> list[str]:
 def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
     """report.md: the table with where its numbers come from."""
     cells = rows(results)
-    body = ["| " + " | ".join(cells[0]) + " |", "|---|" + "--:|" * (len(cells[0]) - 1), *("| " + " | ".join(row) + " |" for row in cells[1:])]
+    body = [
+        "| " + " | ".join(cells[0]) + " |",
+        "|---|" + "--:|" * (len(cells[0]) - 1),
+        *("| " + " | ".join(row) + " |" for row in cells[1:]),
+    ]
     machine = run.get("machine", {})
-    source = (f"`{run.get('command', '?')}`, commit {run.get('commit', '?')}, seed {results['seed']}, {machine.get('cores', '?')} cores "
-              f"({machine.get('processor', '?')}), jax {run.get('versions', {}).get('jax', '?')}, {results['wall_seconds']:.0f} s")
+    source = (
+        f"`{run.get('command', '?')}`, commit {run.get('commit', '?')}, seed {results['seed']}, {machine.get('cores', '?')} cores "
+        f"({machine.get('processor', '?')}), jax {run.get('versions', {}).get('jax', '?')}, {results['wall_seconds']:.0f} s"
+    )
     stages = [f"- {name}: {facts['steps']} steps, {facts['seconds']:.0f} s" for name, facts in results["stages"].items()]
     sizes = results["parameters"]
-    return "\n".join([
-        "# Success on held-out tasks, percent", "", *body, "", "Greedy decoding, 95 % Wilson intervals; indented rows are single lengths.", "",
-        *(f"- {text}" for text in findings(results)), "", f"Model: {sizes['total']:,} parameters, {sizes['active']:,} active per token.", "",
-        "## Stages", "", *stages, "", f"From {source}.", "", "![curves](curves.png)", ""])
+    return "\n".join(
+        [
+            "# Success on held-out tasks, percent",
+            "",
+            *body,
+            "",
+            "Greedy decoding, 95 % Wilson intervals; indented rows are single lengths.",
+            "",
+            *(f"- {text}" for text in findings(results)),
+            "",
+            f"Model: {sizes['total']:,} parameters, {sizes['active']:,} active per token.",
+            "",
+            "## Stages",
+            "",
+            *stages,
+            "",
+            f"From {source}.",
+            "",
+            "![curves](curves.png)",
+            "",
+        ]
+    )
 
 
 def write(workdir: pathlib.Path, results: dict[str, Any]) -> None:

@@ -97,9 +97,7 @@ def _cut(pieces: list[Piece], messages: Sequence[dict[str, Any]]) -> list[Piece]
     return [*pieces[:at], Piece(text[:end] if tail or calls else "", True, last)]
 
 
-def continuation(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], start: int, tools: Sequence[dict[str, Any]] = ()
-) -> list[int]:
+def continuation(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], start: int, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
     """Ids a rollout appends after the turn-end token of the model's turn ``messages[start - 1]``: the template's text after it, the
     messages from ``start`` on and the generation prompt of the next turn. Raises DataError when ``messages[start - 1]`` is no model's
     turn."""

@@ -40,9 +40,7 @@ class Piece:
     message: int
 
 
-def render(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], turn_end: str, add_generation_prompt: bool
-) -> list[Piece]:
+def render(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], turn_end: str, add_generation_prompt: bool) -> list[Piece]:
     """Pieces of the conversation in the built-in style; ``turn_end`` closes the model's turns, ``<|im_end|>`` all others."""
     pieces: list[Piece] = []
     lead = (messages[0].get("content") or "") if messages and messages[0].get("role") == "system" else None

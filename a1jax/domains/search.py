@@ -154,14 +154,28 @@ class Search(Domain):
         titles = [title(i) for i in walk]
         plan = "".join(f" {number} {relation}" for number, relation in enumerate(relations, 1))
         return SearchTask(
-            domain=self.name, task_id=f"search-{split}-{steps}-{seed}", steps=steps,
-            question=f"Find {graph.description(walk[0])}, then follow{plan} end.", answer=titles[-1],
-            evidence=tuple(titles[:-1]), chain=tuple(zip(titles[:-1], titles[1:], strict=True)),
-            graph=graph, start=walk[0], relations=tuple(relations),
+            domain=self.name,
+            task_id=f"search-{split}-{steps}-{seed}",
+            steps=steps,
+            question=f"Find {graph.description(walk[0])}, then follow{plan} end.",
+            answer=titles[-1],
+            evidence=tuple(titles[:-1]),
+            chain=tuple(zip(titles[:-1], titles[1:], strict=True)),
+            graph=graph,
+            start=walk[0],
+            relations=tuple(relations),
         )
 
     def scaffold(self) -> tuple[str, ...]:
         words = [f" {w}" for w in (*ADJECTIVES, *NOUNS, *RELATIONS)]
         titles = [title(i) for i in range(CORE)]
-        return ("Find the", ", then follow", "find", "start", '{"name": "search", "arguments": {"query": "the',
-                '{"name": "read_page", "arguments": {"title": "', *words, *titles)
+        return (
+            "Find the",
+            ", then follow",
+            "find",
+            "start",
+            '{"name": "search", "arguments": {"query": "the',
+            '{"name": "read_page", "arguments": {"title": "',
+            *words,
+            *titles,
+        )

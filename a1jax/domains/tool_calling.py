@@ -18,9 +18,40 @@ from ..config import ConfigError
 from ..types import Trajectory
 from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split, tool
 
-KEYS = ("amber", "basil", "cedar", "daisy", "elder", "fern", "grape", "hazel", "iris", "jade", "kiwi", "lemon", "maple", "nutmeg", "olive",
-        "pearl", "quartz", "rose", "sage", "thyme", "umber", "violet", "walnut", "xenon", "yarrow", "zinc", "aspen", "birch", "clover",
-        "dahlia", "ebony", "flint")
+KEYS = (
+    "amber",
+    "basil",
+    "cedar",
+    "daisy",
+    "elder",
+    "fern",
+    "grape",
+    "hazel",
+    "iris",
+    "jade",
+    "kiwi",
+    "lemon",
+    "maple",
+    "nutmeg",
+    "olive",
+    "pearl",
+    "quartz",
+    "rose",
+    "sage",
+    "thyme",
+    "umber",
+    "violet",
+    "walnut",
+    "xenon",
+    "yarrow",
+    "zinc",
+    "aspen",
+    "birch",
+    "clover",
+    "dahlia",
+    "ebony",
+    "flint",
+)
 VALUES = 64
 TOOLS = (
     tool("get", "Show the value of a cell.", key="string"),
@@ -110,8 +141,15 @@ class ToolCalling(Domain):
         store = tuple((key, f"#{int(rng.integers(VALUES))}") for key in used)
         plan = "".join(f" {number} copy{source} into{target}" for number, (source, target) in enumerate(operations, 1))
         return ToolTask(
-            domain=self.name, task_id=f"tool_calling-{split}-{steps}-{seed}", steps=steps, question=f"Do{plan} end.", answer="done",
-            evidence=tuple(source for source, _ in operations), chain=tuple(operations), store=store, operations=tuple(operations),
+            domain=self.name,
+            task_id=f"tool_calling-{split}-{steps}-{seed}",
+            steps=steps,
+            question=f"Do{plan} end.",
+            answer="done",
+            evidence=tuple(source for source, _ in operations),
+            chain=tuple(operations),
+            store=store,
+            operations=tuple(operations),
         )
 
     def _operations(self, rng: np.random.Generator, size: int, steps: int, split: Split) -> list[tuple[str, str]]:
@@ -122,7 +160,9 @@ class ToolCalling(Domain):
             fresh = [cell(i) for i in range(size) if cell(i) not in read | written]
             sources = again if again and rng.random() < self.reuse else fresh
             source = sources[int(rng.integers(len(sources)))] if sources else None
-            targets = [c for c in (cell(i) for i in range(size)) if c not in written and c != source and source and in_split(source, c, split)]
+            targets = [
+                c for c in (cell(i) for i in range(size)) if c not in written and c != source and source and in_split(source, c, split)
+            ]
             if not targets:
                 break  # a dead end: the caller begins anew
             operations.append((source, targets[int(rng.integers(len(targets)))]))
@@ -133,5 +173,17 @@ class ToolCalling(Domain):
     def scaffold(self) -> tuple[str, ...]:
         cells = [cell(i) for i in range(len(KEYS))]
         values = [f"#{i}" for i in range(VALUES)]
-        return ("Do", "from", " copy", " into", '{"name": "get", "arguments": {"key": "', '{"name": "put", "arguments": {"key": "',
-                '", "value": "', "ok", "end", "done", *cells, *values)
+        return (
+            "Do",
+            "from",
+            " copy",
+            " into",
+            '{"name": "get", "arguments": {"key": "',
+            '{"name": "put", "arguments": {"key": "',
+            '", "value": "',
+            "ok",
+            "end",
+            "done",
+            *cells,
+            *values,
+        )

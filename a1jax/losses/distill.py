@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from a1jax.kernels import vocab_align
+from a1jax.kernels.vocab_align.ops import SLAB
 from a1jax.losses import divergence as divergences
 from a1jax.losses.full_kl import full_divergence
 from a1jax.types import Metrics
@@ -58,6 +59,7 @@ def sva(
     divergence: divergences.Divergence = "reverse",
     coverage: bool = True,
     block: int = 4096,
+    slab: int = SLAB,
     valid: Valid = None,
 ) -> tuple[jax.Array, Metrics]:
     """sum over n of weights[n] * divergence[n], and metrics; gradient to the student's two arrays only.
@@ -65,7 +67,7 @@ def sva(
     student_hidden [N, D]; student_unembed [V, D]; teacher_logits float32 [N, k] at support int32 [N, k] (distinct ids of a
     token; a logit of -inf marks a place no id takes); weights float32 [N] from ``masked.token_weights``.
     teacher_logsumexp [N]: mode "tail" only. coverage: False saves the student's log-sum-exp in mode "salient", the only
-    thing there that reads its whole output matrix. block, valid: of that log-sum-exp.
+    thing there that reads its whole output matrix. block, valid: of that log-sum-exp. slab: of ``gather_logits``, memory only.
 
     With p, q the renormalised probabilities, the reverse KL's gradient to the student's logit of u in S is
     weight * p_u * (log p_u - log q_u - KL), and zero outside S (vocabulary_alignment.md, section 3).
@@ -79,7 +81,7 @@ def sva(
     teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
     present = jnp.logical_not(jnp.isneginf(teacher_logits))
     teacher = jnp.where(present, teacher_logits, ABSENT)
-    student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0))
+    student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0), slab)
     student = jnp.where(present, student, ABSENT)
     on_support = jax.nn.logsumexp(student, axis=1)
     if mode == "tail" or coverage:
@@ -110,6 +112,7 @@ def distill(
     divergence: divergences.Divergence = "reverse",
     coverage: bool = True,
     block: int = 4096,
+    slab: int = SLAB,
     valid: Valid = None,
 ) -> tuple[jax.Array, Metrics]:
     """``teacher_targets`` and ``sva`` in one, and the only way to mode "full"; arguments and errors are theirs.
@@ -124,7 +127,7 @@ def distill(
     targets = teacher_targets(teacher_hidden, teacher_unembed, k, block, valid)
     return sva(
         student_hidden, student_unembed, targets.logits, targets.support, weights, teacher_logsumexp=targets.logsumexp,
-        mode=mode, divergence=divergence, coverage=coverage, block=block, valid=valid,
+        mode=mode, divergence=divergence, coverage=coverage, block=block, slab=slab, valid=valid,
     )  # fmt: skip
 
 
@@ -153,7 +156,6 @@ def _reduce(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tup
     """The weighted sum, and plain means over the tokens that have a weight."""
     weights = lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
-    value = jnp.where(counts, value, 0.0)
     count = jnp.sum(counts.astype(jnp.float32))
     some = jnp.maximum(count, 1.0)
     means = {f"distill/{name}": jnp.sum(jnp.where(counts, x, 0.0)) / some for name, x in {"kl": value, **per_token}.items()}

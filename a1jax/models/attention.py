@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from a1jax.models.config import ModelConfig
 from a1jax.models.layers import linear, matrix, norm_weight, rms_norm, rotate
@@ -42,7 +43,9 @@ def output(p: dict, mixed: jax.Array, gate: jax.Array) -> jax.Array:
     return linear(mixed * jax.nn.sigmoid(gate), p["o_proj"])
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    q: Float[Array, "B T H F"], k: Float[Array, "B S K F"], v: Float[Array, "B S K F"], mask: Bool[Array, "#B T S"]
+) -> Float[Array, "B T HF"]:
     """softmax(q k / sqrt(F)) v with grouped heads: q [B, T, H, F], k and v [B, S, K, F], mask [B, T, S] -> [B, T, H * F].
 
     Every row of the mask must allow one key. Scores and softmax are float32: bfloat16 scores would round probabilities by a percent.
@@ -87,7 +90,9 @@ def _attend_backward(residual, g):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, runs: jax.Array, chunk: int) -> jax.Array:
+def causal_attention(
+    q: Float[Array, "B T H F"], k: Float[Array, "B T K F"], v: Float[Array, "B T K F"], runs: Int[Array, "B T"], chunk: int
+) -> Float[Array, "B T HF"]:
     """attend() to earlier tokens of the same run. chunk > 0: that many query rows at a time, computed again in the backward
     pass, so that scores never exceed [B, H, chunk, T]; T is padded up to a multiple of it."""
     t = q.shape[1]
@@ -111,7 +116,14 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, runs: jax.Array, 
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n * chunk, -1)[:, :t]
 
 
-def apply(p: dict, x: jax.Array, runs: jax.Array, cos: jax.Array, sin: jax.Array, cfg: ModelConfig) -> jax.Array:
+def apply(
+    p: dict,
+    x: Float[Array, "B T D"],
+    runs: Int[Array, "B T"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    cfg: ModelConfig,
+) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
     q, k, v, gate = project(p, x, cos, sin, cfg)
     q = constrain(q, "batch", "length", "heads", None)

@@ -53,7 +53,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of stored parameters and their gradients
     init_std: float = 0.02  # std of weight matrices and of the embedding; 0: 1/sqrt(fan in), which small models need
     conv_init: str = "normal"  # taps: "normal" with init_std (0.02 when that is 0), as the reference; "uniform" on (-0.5, 0.5)
-    decay_init: str = "reference"  # "reference": A uniform on (0.01, 16), dt bias 1; "spread": A from 0.002 to 0.2, dt bias 0: long memories
+    decay_init: str = "reference"  # A uniform on (0.01, 16), dt bias 1; "spread": A from 0.002 to 0.2, dt bias 0: long memories
     q_norm_scale: float = 1.0  # initial scale of normalised queries; 1.5 sharpens attention of small models from the start
     scale_output_init: bool = False  # True: matrices that write to the residual stream start smaller by sqrt(2 L)
 
@@ -79,7 +79,8 @@ class ModelConfig:
         if self.attention_chunk < 0:
             raise ConfigError(f"ModelConfig.attention_chunk is {self.attention_chunk}: give 0 (all rows at once) or a number of rows")
         if not 0 < self.rotary_fraction <= 1 or self.rotary_dim % 2:
-            raise ConfigError(f"ModelConfig.rotary_fraction is {self.rotary_fraction}: rotary width {self.rotary_dim} must be even, in (0, head_dim]")
+            width = f"rotary width {self.rotary_dim} of head_dim {self.head_dim}"
+            raise ConfigError(f"ModelConfig.rotary_fraction is {self.rotary_fraction}: {width} must be even and above 0")
 
     @property
     def num_blocks(self) -> int:
@@ -114,11 +115,33 @@ def _small(**changes) -> ModelConfig:
     """The faithful layers with the initialisation and chunk that let a small model learn in minutes on a CPU."""
     return dataclasses.replace(
         ModelConfig(
-            vocab_size=768, d_model=64, num_layers=2, full_attention_interval=2, num_heads=2, num_kv_heads=2, head_dim=32, rope_theta=1e4,
-            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=32, linear_value_head_dim=32,
-            num_experts=8, num_experts_active=2, expert_width=64, shared_expert_width=64, tie_embeddings=True, scale_embeddings=True,
-            load_balance_coef=1e-2, delta_chunk=16, moe="dense", compute_dtype="float32", init_std=0.0, conv_init="uniform",
-            decay_init="spread", q_norm_scale=1.5, scale_output_init=True,
+            vocab_size=768,
+            d_model=64,
+            num_layers=2,
+            full_attention_interval=2,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=32,
+            rope_theta=1e4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=32,
+            linear_value_head_dim=32,
+            num_experts=8,
+            num_experts_active=2,
+            expert_width=64,
+            shared_expert_width=64,
+            tie_embeddings=True,
+            scale_embeddings=True,
+            load_balance_coef=1e-2,
+            delta_chunk=16,
+            moe="dense",
+            compute_dtype="float32",
+            init_std=0.0,
+            conv_init="uniform",
+            decay_init="spread",
+            q_norm_scale=1.5,
+            scale_output_init=True,
         ),  # fmt: skip
         **changes,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
@@ -29,7 +30,9 @@ def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
     return {"position": jnp.zeros((batch,), jnp.int32), "layers": [layer(i) for i in range(cfg.num_layers)]}
 
 
-def step(params: dict, cache: dict, tokens: jax.Array, cfg: ModelConfig, reset: jax.Array, active: jax.Array) -> tuple[jax.Array, dict]:
+def step(
+    params: dict, cache: dict, tokens: Int[Array, " B"], cfg: ModelConfig, reset: Bool[Array, " B"], active: Bool[Array, " B"]
+) -> tuple[Float[Array, "B D"], dict]:
     """Feeds one token to every active slot: tokens int32 [B], reset and active bool [B] -> (hidden [B, D] after the final norm, cache).
 
     reset: the slot starts a new sequence with this token, whatever it held. An inactive slot keeps cache and position as they are (a

@@ -1,6 +1,6 @@
 """Gated delta net (arXiv 2412.06464): projections, causal convolution, the delta rule in chunks, gated norm.
 
-Per head and token:  S <- exp(g) S;  S <- S + beta k (v - k^T S);  o = q^T S / sqrt(key dim).  Chunks follow arXiv 2406.06484 (UT transform).
+Per head and token: S <- exp(g) S; S <- S + beta k (v - k^T S)^T; o = S^T q / sqrt(key dim). Chunks: arXiv 2406.06484 (UT transform).
 Borders: ``runs`` numbers the contiguous runs of one segment. Nothing crosses from run to run: not the convolution's window, not the
 pairs inside a chunk, and the state a chunk starts from is read and kept only by tokens of the run that was open there.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from a1jax.models.config import ModelConfig
 from a1jax.models.layers import causal_conv, conv_step, conv_weight, l2_normalise, linear, matrix, rms_norm_gated
@@ -35,7 +36,7 @@ def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def split_heads(qkv: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[..., channels] -> q and k [..., key heads, key dim], l2-normalised, q over sqrt(key dim), float32; v [..., H, value dim], float32."""
+    """[..., channels] -> q and k [..., key heads, key dim], l2-normalised, q over sqrt(key dim); v [..., H, value dim]; all float32."""
     q, k, v = jnp.split(qkv, [cfg.linear_key_dim, 2 * cfg.linear_key_dim], axis=-1)
     q, k = (x.reshape(*x.shape[:-1], cfg.linear_num_key_heads, cfg.linear_key_head_dim) for x in (q, k))
     v = v.reshape(*v.shape[:-1], cfg.linear_num_value_heads, cfg.linear_value_head_dim)
@@ -52,7 +53,7 @@ def gates(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.custom_vjp
-def unit_lower_inverse(a: jax.Array) -> jax.Array:
+def unit_lower_inverse(a: Float32[Array, "*lead C C"]) -> Float32[Array, "*lead C C"]:
     """(I + a)^-1 for strictly lower triangular a [..., C, C], C a power of two.
 
     Doubles the inverted diagonal blocks: for [[P, 0], [R, Q]] the inverse has -Q^-1 R P^-1 below, so log2(C) - 1 steps of two
@@ -91,7 +92,15 @@ def _inverse_backward(inverse, cotangent):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def delta_rule(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, beta: jax.Array, runs: jax.Array, chunk: int) -> jax.Array:
+def delta_rule(
+    q: Float32[Array, "B T HK DK"],
+    k: Float32[Array, "B T HK DK"],
+    v: Float32[Array, "B T H DV"],
+    g: Float32[Array, "B T H"],
+    beta: Float32[Array, "B T H"],
+    runs: Int[Array, "B T"],
+    chunk: int,
+) -> Float32[Array, "B T H DV"]:
     """The gated delta rule in chunks, float32, state zero at the start of every run.
 
     q, k [B, T, key heads, key dim], v [B, T, H, value dim], g, beta [B, T, H], runs int32 [B, T] -> [B, T, H, value dim].
@@ -148,20 +157,26 @@ def output(p: dict, out: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array
     return linear(out.reshape(*x.shape[:-1], -1), p["out_proj"])
 
 
-def apply(p: dict, x: jax.Array, runs: jax.Array, cfg: ModelConfig) -> jax.Array:
+def apply(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: ModelConfig) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T] -> [B, T, D]."""
     with jax.named_scope("conv"):
         q, k, v = split_heads(causal_conv(linear(x, p["in_proj_qkv"]), p["conv1d"], runs), cfg)
     g, beta = gates(p, x)
-    q, k, v = (constrain(y, "batch", "length", "linear_heads", None) for y in (q, k, v))
+    v = constrain(v, "batch", "length", "linear_heads", None)  # q and k follow: they may have fewer heads than there are devices
     with jax.named_scope("delta_rule"):
         out = delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)
     return output(p, out, x, cfg)
 
 
 def step(
-    p: dict, x: jax.Array, window: jax.Array, state: jax.Array, reset: jax.Array, active: jax.Array, cfg: ModelConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    p: dict,
+    x: Float[Array, "B D"],
+    window: Float[Array, "B past channels"],
+    state: Float32[Array, "B H DK DV"],
+    reset: Bool[Array, " B"],
+    active: Bool[Array, " B"],
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B D"], Float[Array, "B past channels"], Float32[Array, "B H DK DV"]]:
     """One token: x [B, D], window [B, W - 1, channels], state float32 [B, H, key dim, value dim] -> (out [B, D], window, state).
 
     reset and active, bool [B], act through decay and write strength, so that the state is passed over once: decay 0 forgets it, decay 1

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from a1jax.models.config import ModelConfig
 from a1jax.params import Initializer, ParamSpec, constant, normal, uniform
@@ -33,7 +34,7 @@ def conv_weight(cfg: ModelConfig, channels: int, axis: str) -> ParamSpec:
 
 
 @jax.custom_vjp
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+def linear(x: Float[Array, "*lead rows"], w: Float[Array, "rows columns"]) -> Float[Array, "*lead columns"]:
     """x [..., in] @ w (in, out) in x's type; the gradient of w is summed in float32.
 
     jax transposes this matmul to (gradient^T x)^T, for which a CPU first rewrites the wide gradient column by column; x^T gradient
@@ -102,7 +103,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
 
 
-def causal_conv(x: jax.Array, taps: jax.Array, runs: jax.Array) -> jax.Array:
+def causal_conv(x: Float[Array, "B T channels"], taps: Float[Array, "W channels"], runs: Int[Array, "B T"]) -> Float[Array, "B T channels"]:
     """Depthwise causal convolution and silu: x [B, T, channels], taps [W, channels], runs int32 [B, T].
 
     out[t] = silu(sum_i taps[i] x[t - (W - 1) + i]) over those tokens that belong to t's run, so no window crosses a border.
@@ -147,7 +148,7 @@ def conv_step(window: jax.Array, x: jax.Array, taps: jax.Array) -> tuple[jax.Arr
     return silu(sum(inputs[:, i] * taps[i][None] for i in range(taps.shape[0]))), inputs[:, 1:]
 
 
-def embed(table: jax.Array, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "*lead"], cfg: ModelConfig) -> Float[Array, "*lead D"]:
     """Rows of the table [V, D] in the compute type, times sqrt(D) if the configuration says so: tokens [B] or [B, T] -> [..., D].
 
     Under a mesh every device looks up its part of the width for all the rows that share it, and one exchange turns parts of the width

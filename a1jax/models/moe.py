@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32
 
 from a1jax.models.config import ModelConfig
 from a1jax.models.layers import linear, matrix, silu, weight_init
@@ -38,8 +39,8 @@ def specs(cfg: ModelConfig) -> dict:
     }
 
 
-def route(logits: jax.Array, active: int) -> jax.Array:
-    """Router weights [..., E] of float32 logits [..., E]: the softmax on its `active` largest entries, renormalised, 0 elsewhere.
+def route(logits: Float32[Array, "T E"], active: int) -> Float32[Array, "T E"]:
+    """Router weights of float32 logits: the softmax on its `active` largest entries, renormalised, 0 elsewhere.
 
     Ties go to the lower index, as in jax.lax.top_k. Counting the larger entries costs E^2 comparisons but no sort and no scatter in
     the backward pass; from 64 experts on, top_k is cheaper.
@@ -66,7 +67,9 @@ def glu(x: jax.Array, width: int) -> jax.Array:
     return silu(x[..., :width]) * x[..., width:]
 
 
-def experts_dense(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def experts_dense(
+    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"]
+) -> Float[Array, "T D"]:
     """Every expert on every token: x [T, D], weights [T, E], gate_up [E, D, 2 F], down [E, F, D] -> [T, D]. Three plain matmuls.
 
     DENSE_ROWS tokens at a time, computed again in the backward pass: the wide activations then stay in a core's cache, which more
@@ -110,7 +113,9 @@ def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
 permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, g: (g[inverse], None, None))
 
 
-def experts_ragged(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, active: int) -> jax.Array:
+def experts_ragged(
+    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], active: int
+) -> Float[Array, "T D"]:
     """Pairs of token and expert sorted by expert, then grouped matmuls; arguments as experts_dense, weights with at most `active`
     entries above 0 per token. There is room for T * active pairs, so nothing can be dropped; missing pairs lie behind the last group."""
     e, f, _ = down.shape
@@ -133,7 +138,9 @@ def experts_local(x, weights, gate_up, down, cfg: ModelConfig) -> jax.Array:
     return experts_ragged(x, weights, gate_up, down, min(cfg.num_experts_active, down.shape[0]))
 
 
-def experts_sharded(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, cfg: ModelConfig) -> jax.Array:
+def experts_sharded(
+    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], cfg: ModelConfig
+) -> Float[Array, "T D"]:
     """experts_local over the mesh: x [T, D] and weights [T, E] cut over the data axes, experts over RULES["experts"].
 
     Tokens and their weights are gathered over the axes that cut both tokens and experts, and outputs summed and scattered back over
@@ -167,7 +174,9 @@ def experts_sharded(x: jax.Array, weights: jax.Array, gate_up: jax.Array, down: 
     return jax.shard_map(local, in_specs=(tokens, tokens, experts, experts), out_specs=tokens)(x, weights, gate_up, down)
 
 
-def apply(p: dict, x: jax.Array, valid: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def apply(
+    p: dict, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], cfg: ModelConfig
+) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """x [B, T, D], valid bool [B, T] (False: padding, not counted) -> (out [B, T, D], router statistics of router_statistics)."""
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     with jax.named_scope("router"):
@@ -185,7 +194,7 @@ def apply(p: dict, x: jax.Array, valid: jax.Array, cfg: ModelConfig) -> tuple[ja
     return out.reshape(*lead, -1), aux
 
 
-def router_statistics(logits: jax.Array, weights: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+def router_statistics(logits: Float32[Array, "T E"], weights: Float32[Array, "T E"], valid: Bool[Array, " T"]) -> dict[str, jax.Array]:
     """Of logits and weights [T, E] over the valid tokens [T]:
 
     load_balance: E * sum_e (pairs of e / tokens) * (mean probability of e), arXiv 2101.03961 eq. 4 with the reference's scale (A when

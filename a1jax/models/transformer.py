@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
@@ -41,14 +42,16 @@ def parameter_counts(cfg: ModelConfig) -> tuple[int, int]:
     return total, total - cfg.num_layers * (cfg.num_experts - cfg.num_experts_active) * expert
 
 
-def number_runs(segment_ids: jax.Array) -> jax.Array:
+def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """int32 [B, T]: numbers contiguous runs of one segment id 0, 1, ... along a row. Padding (id 0) is a run like any other, so an id
     that comes back, or padding in the middle, joins nothing."""
     border = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(jnp.cumsum(border, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def apply(params: dict, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, dict]:
+def apply(
+    params: dict, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cfg: ModelConfig
+) -> tuple[Float[Array, "B T D"], dict]:
     """Forward pass: tokens, positions, segment_ids int32 [B, T] -> (hidden [B, T, D] after the final norm, aux).
 
     aux: "loss" float32, the router losses times their coefficients, to be added to the loss; "router/load_balance", "router/z",
@@ -72,7 +75,15 @@ def apply(params: dict, tokens: jax.Array, positions: jax.Array, segment_ids: ja
     return hidden, summarise(statistics, cfg)
 
 
-def apply_block(p: dict, x: jax.Array, runs, valid, cos, sin, cfg: ModelConfig) -> tuple[jax.Array, dict]:
+def apply_block(
+    p: dict,
+    x: Float[Array, "B T D"],
+    runs: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B T D"], dict]:
     """One block of full_attention_interval layers: x [B, T, D] -> (x, router statistics, [interval, ...] each)."""
     statistics = []
     for j in range(cfg.full_attention_interval):
@@ -105,7 +116,7 @@ def unembed(params: dict, cfg: ModelConfig) -> jax.Array:
     return params["embed_tokens" if cfg.tie_embeddings else "lm_head"]
 
 
-def logits(params: dict, hidden: jax.Array, cfg: ModelConfig) -> jax.Array:
+def logits(params: dict, hidden: Float[Array, "*lead D"], cfg: ModelConfig) -> Float[Array, "*lead V"]:
     """float32 [..., V] of hidden [..., D]. Large: ask for it on the rows that need it only."""
     table = unembed(params, cfg).astype(hidden.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

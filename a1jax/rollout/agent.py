@@ -68,7 +68,9 @@ class Engine:
         self.step = sampler.make_step(cfg, limits.temperature)
         self.prompts: dict[str, np.ndarray] = {}
 
-    def run(self, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None = None) -> tuple[list[Rollout], dict]:
+    def run(
+        self, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None = None
+    ) -> tuple[list[Rollout], dict]:
         """One run per task, in the order of the tasks, and counts: decode steps, slot steps used, aborted, tool errors.
 
         Same params, tasks, seed and limits: same rollouts. ABORTED runs are retried ``limits.retries`` times, then returned as such.
@@ -107,7 +109,8 @@ class _Session:
             active = np.array([run is not None for run in self.runs])
             at = np.minimum(self.fed, self.limits.max_length - 1)
             ids, logp, cache = self.engine.step(
-                self.params, cache, self.tokens[slots, at], self.reset.copy(), active, self.uniforms[slots, at])
+                self.params, cache, self.tokens[slots, at], self.reset.copy(), active, self.uniforms[slots, at]
+            )
             ids, logp = np.asarray(ids), np.asarray(logp)
             self.reset[:] = False
             self.fed += active
@@ -171,7 +174,7 @@ class _Session:
         self.known[slot] = self.turn_start[slot] = end + len(more)
 
     def _continuation(self, run: _Run, start: int) -> list[int]:
-        """Ids of what follows the turn ``messages[start - 1]``. The built-in format needs that turn only; a template needs the whole run."""
+        """Ids of what follows the turn ``messages[start - 1]``. The built-in format needs that turn only, a template the whole run."""
         if self.tokenizer.chat_template is None:
             return chat.continuation(self.tokenizer, run.messages[start - 1 :], 1)
         tools = run.task.tools if self.limits.show_tools else ()

@@ -57,7 +57,9 @@ class DistillConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"DistillConfig.{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_length < self.limits.max_length:
-            raise ConfigError(f"DistillConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long")
+            raise ConfigError(
+                f"DistillConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long"
+            )
 
 
 def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, Any]:
@@ -70,8 +72,16 @@ def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig,
     batch, flat = data["batch"], lambda x: x.reshape(-1, *x.shape[2:])
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
     value, out = distill_loss.sva(
-        flat(hidden), transformer.unembed(params, model), flat(data["teacher_logits"]), flat(data["support"]), flat(data["weights"]),
-        mode=cfg.mode, teacher_logsumexp=flat(data["teacher_logsumexp"]), coverage=cfg.coverage, block=cfg.vocab_block)
+        flat(hidden),
+        transformer.unembed(params, model),
+        flat(data["teacher_logits"]),
+        flat(data["support"]),
+        flat(data["weights"]),
+        mode=cfg.mode,
+        teacher_logsumexp=flat(data["teacher_logsumexp"]),
+        coverage=cfg.coverage,
+        block=cfg.vocab_block,
+    )
     tokens = out["distill/tokens"]
     sums = {name: x if name == "distill/tokens" else x * tokens for name, x in out.items()}
     return value + share * aux["loss"], {"sva": value, **sums, **router_metrics(aux, share)}
@@ -84,13 +94,16 @@ def finish(sums: Metrics) -> Metrics:
 
 
 def score(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int) -> dict[str, jax.Array]:
-    """A teacher's k best ids and their logits at every position of a batch: {"support", "teacher_logits" [B, T, k], "teacher_logsumexp" [B, T]}."""
+    """A teacher's k best ids at every position: {"support" int32, "teacher_logits" [B, T, k], "teacher_logsumexp" [B, T]}."""
     hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
     flat = hidden.reshape(-1, hidden.shape[-1])
     found = distill_loss.teacher_targets(flat, transformer.unembed(teacher, model), k, block)
     b, t = batch.tokens.shape
-    return {"support": found.support.reshape(b, t, k), "teacher_logits": found.logits.reshape(b, t, k),
-            "teacher_logsumexp": found.logsumexp.reshape(b, t)}
+    return {
+        "support": found.support.reshape(b, t, k),
+        "teacher_logits": found.logits.reshape(b, t, k),
+        "teacher_logsumexp": found.logsumexp.reshape(b, t),
+    }
 
 
 def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int) -> tuple[Batch, int]:
@@ -120,8 +133,13 @@ class OnPolicy:
             batch, left_out = setting.put(batch), left_out + lost
             pieces.append({"batch": batch, **self.score(self.teachers[domain], batch)})
         data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
-        out = {"tokens": int(sum((p["batch"].segment_ids > 0).sum() for p in pieces)), "rollout/left_out": left_out,
-               "rollout/seconds": sampled - began, "score/seconds": time.perf_counter() - sampled, **rollout_metrics(rollouts)}
+        out = {
+            "tokens": int(sum((p["batch"].segment_ids > 0).sum() for p in pieces)),
+            "rollout/left_out": left_out,
+            "rollout/seconds": sampled - began,
+            "score/seconds": time.perf_counter() - sampled,
+            **rollout_metrics(rollouts),
+        }
         return data, {**out, **{f"rollout/{k}": v for k, v in counts.items()}}
 
     def get_state(self) -> dict:
@@ -153,11 +171,24 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Params], setting
         engine = Engine(setting.model, setting.tokenizer, cfg.limits)
         step = jax.jit(
             train.make_train_step(
-                functools.partial(loss, model=setting.model, cfg=cfg), tx, cfg.microbatches,
-                functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction), finish),
-            donate_argnums=(0,))
+                functools.partial(loss, model=setting.model, cfg=cfg),
+                tx,
+                cfg.microbatches,
+                functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction),
+                finish,
+            ),
+            donate_argnums=(0,),
+        )
         state = train.fit(
-            train.init_state(params, tx, setting.seed), step, OnPolicy(cfg, setting, engine, teachers), steps=cfg.steps, stage=stage,
-            directory=setting.directory(stage) / "checkpoints", writer=setting.writer, save_every=cfg.save_every, keep=cfg.keep,
-            log_every=cfg.log_every)
+            train.init_state(params, tx, setting.seed),
+            step,
+            OnPolicy(cfg, setting, engine, teachers),
+            steps=cfg.steps,
+            stage=stage,
+            directory=setting.directory(stage) / "checkpoints",
+            writer=setting.writer,
+            save_every=cfg.save_every,
+            keep=cfg.keep,
+            log_every=cfg.log_every,
+        )
         return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})

@@ -41,14 +41,20 @@ def score(rollouts: list[Rollout], steps: list[int]) -> dict:
     low, high = wilson(wins, len(rollouts))
     n = max(1, len(rollouts))
     return {
-        "success": wins / n, "low": low, "high": high, "n": len(rollouts),
+        "success": wins / n,
+        "low": low,
+        "high": high,
+        "n": len(rollouts),
         "by_steps": {str(k): v for k, v in sorted(by_steps.items())},
         "statuses": dict(sorted(Counter(r.status for r in rollouts).items())),
-        "tokens": sum(len(r.tokens) for r in rollouts) / n, "turns": sum(r.turns for r in rollouts) / n,
+        "tokens": sum(len(r.tokens) for r in rollouts) / n,
+        "turns": sum(r.turns for r in rollouts) / n,
     }
 
 
-def run(cfg: Evaluation, params: Params, engine: Engine, domains: list[str], name: str, path: pathlib.Path | None, use: str = "heldout") -> dict:
+def run(
+    cfg: Evaluation, params: Params, engine: Engine, domains: list[str], name: str, path: pathlib.Path | None, use: str = "heldout"
+) -> dict:
     """{domain: score(...)} of a model; read back from ``path`` when it was computed before, else written there in one move."""
     if path is not None and path.exists():
         return json.loads(path.read_text())

@@ -74,9 +74,22 @@ def tokenizer_texts(domains: Sequence[str], seed: int) -> list[str]:
 
 
 SCAFFOLD = (
-    "<|im_start|>assistant\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "\n<|im_start|>user\n<tool_response>\n",
-    "\n</tool_response><|im_end|>\n<|im_start|>assistant\n", "<think>\n", "\n</think>\n\n", "<tool_call>\n", '"}}\n</tool_call>',
-    "step", " next", " end", ".", ":", "error: ", "\n",
+    "<|im_start|>assistant\n",
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "\n<|im_start|>user\n<tool_response>\n",
+    "\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+    "<think>\n",
+    "\n</think>\n\n",
+    "<tool_call>\n",
+    '"}}\n</tool_call>',
+    "step",
+    " next",
+    " end",
+    ".",
+    ":",
+    "error: ",
+    "\n",
 )
 
 

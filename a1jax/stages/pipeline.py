@@ -57,7 +57,9 @@ class Experiment:
                 if name not in getattr(self, field):
                     raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
         if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
-            raise ConfigError(f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal")
+            raise ConfigError(
+                f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal"
+            )
 
 
 def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -73,7 +75,9 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
     tokenizer = open_tokenizer(cfg, workdir)
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that")
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
+        )
     return Setting(cfg.model, tokenizer, cfg.domains, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
 
 
@@ -85,7 +89,11 @@ def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokeniz
     if path.exists():
         return tokenizers.load(path)
     return tokenizers.train_sentencepiece(
-        experts.tokenizer_texts(cfg.domains, cfg.seed), path, vocab_size=cfg.tokenizer.vocab_size, symbols=experts.symbols(cfg.domains, cfg.tokenizer.counters))
+        experts.tokenizer_texts(cfg.domains, cfg.seed),
+        path,
+        vocab_size=cfg.tokenizer.vocab_size,
+        symbols=experts.symbols(cfg.domains, cfg.tokenizer.counters),
+    )
 
 
 def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dict[str, str]]:
@@ -107,13 +115,17 @@ def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dic
 
 
 def admit(cfg: Experiment, setting: Setting, models: dict[str, Params]) -> dict[str, str]:
-    """Domain -> name of the model that teaches it: its teacher where admitted, else the stage-1 model, which then holds the domain in place."""
+    """Domain -> name of the model that teaches it: its teacher where admitted, else the stage-1 model, which holds the domain."""
     engine, out = Engine(setting.model, setting.tokenizer, cfg.limits), {}
     with setting.on_mesh():
-        before = evaluate.run(cfg.admission, models["sft"], engine, list(cfg.domains), "sft (admission)", setting.workdir / "admission/sft.json", "admission")
+        before = evaluate.run(
+            cfg.admission, models["sft"], engine, list(cfg.domains), "sft (admission)", setting.workdir / "admission/sft.json", "admission"
+        )
         for d in cfg.domains:
             name = teacher.stage_name(d)
-            after = evaluate.run(cfg.admission, models[name], engine, [d], f"{name} (admission)", setting.workdir / f"admission/{name}.json", "admission")
+            after = evaluate.run(
+                cfg.admission, models[name], engine, [d], f"{name} (admission)", setting.workdir / f"admission/{name}.json", "admission"
+            )
             out[d] = name if teacher.admitted(after, before, d) else "sft"
     return out
 
@@ -154,6 +166,10 @@ def collect(cfg: Experiment, setting: Setting, scores: dict[str, dict], chosen: 
     total, active = transformer.parameter_counts(cfg.model)
     stages = ["sft", *(teacher.stage_name(d) for d in cfg.domains), "distill", "sft_continued"]
     return {
-        "domains": domains, "wall_seconds": seconds, "scores": scores, "stages": {s: setting.facts(s) for s in stages},
-        "parameters": {"total": total, "active": active}, "seed": cfg.seed,
+        "domains": domains,
+        "wall_seconds": seconds,
+        "scores": scores,
+        "stages": {s: setting.facts(s) for s in stages},
+        "parameters": {"total": total, "active": active},
+        "seed": cfg.seed,
     }

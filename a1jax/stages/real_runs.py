@@ -87,7 +87,7 @@ def heldout_loss(params: Params, batch: Batch, model: ModelConfig, block: int) -
     hidden, _ = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
     weights = batch.mask.reshape(-1) / jnp.maximum(batch.mask.sum(), 1.0)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy.blocked_cross_entropy(flat, transformer.unembed(params, model), batch.targets.reshape(-1), weights, block)[0]
+    return cross_entropy.blocked_cross_entropy(flat, transformer.unembed(params, model), batch.targets.reshape(-1), weights, block, 256)[0]
 
 
 def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
@@ -95,7 +95,9 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     workdir = pathlib.Path(workdir)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that")
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
+        )
     if not (workdir / "prepared" / prepare.REPORT).exists():
         report = prepare.prepare(list(cfg.data.paths), workdir / "prepared", cfg.data.tokenizer, cfg.data.strict)
         (workdir / "statistics.txt").write_text(statistics.table(report.rows) + "\n")
@@ -104,8 +106,14 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     train_part, heldout = split(source, cfg.data.heldout, cfg.seed)
     with metrics.Writer(workdir) as writer:
         setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
-        loader = batches.loader(train_part, batch_size=cfg.sft.rows, max_length=cfg.sft.max_length, seed=cfg.seed, policy=cfg.sft.policy,
-                                pad_id=tokenizer.pad_id)
+        loader = batches.loader(
+            train_part,
+            batch_size=cfg.sft.rows,
+            max_length=cfg.sft.max_length,
+            seed=cfg.seed,
+            policy=cfg.sft.policy,
+            pad_id=tokenizer.pad_id,
+        )
         print(f"packed to {cfg.sft.max_length:,}: {loader.report}\nheld out: {len(heldout)} runs\n")
         with setting.on_mesh():
             params = setting.init_params()

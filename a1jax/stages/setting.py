@@ -46,8 +46,10 @@ class Setting:
 
     def init_params(self) -> Params:
         """Random parameters from the run's seed, made where they will lie."""
-        out = None if self.mesh is None else param_specs.shardings(self.specs, self.mesh)
-        return jax.jit(lambda key: param_specs.init(self.specs, key), out_shardings=out)(jax.random.key(self.seed))
+        key = jax.random.key(self.seed)
+        if self.mesh is None:  # parameter by parameter: small programs that compile in no time
+            return param_specs.init(self.specs, key)
+        return jax.jit(lambda key: param_specs.init(self.specs, key), out_shardings=param_specs.shardings(self.specs, self.mesh))(key)
 
     def put(self, batch: Batch) -> Batch:
         return batch if self.mesh is None else sharding.put_batch(batch, self.mesh)

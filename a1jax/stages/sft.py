@@ -42,6 +42,7 @@ class SftConfig:
     reduction: Literal["token_mean", "sample_mean", "domain_mean"] = "token_mean"  # how token losses are averaged
     microbatches: int = 1  # gradient accumulation: memory shrinks, value and gradient stay
     vocab_block: int = 8192  # ids per block of the loss; memory of the logits is rows x max_length x this
+    loss_tile: int | None = None  # tokens per step of the loss, those without weight skipped: 256 is fastest on one CPU; None under a mesh
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -62,12 +63,20 @@ def weigh(batch: Batch, num_domains: int, reduction: str) -> dict[str, Any]:
     return {"batch": batch, "weights": weights}
 
 
-def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig, vocab_block: int) -> tuple[jax.Array, Metrics]:
+def loss(
+    params: Params, data: dict[str, Any], share: float, model: ModelConfig, vocab_block: int, tile: int | None
+) -> tuple[jax.Array, Metrics]:
     """Cross-entropy on the tokens with weight, from hidden states in blocks of the vocabulary, plus the router's losses."""
     batch, weights = data["batch"], data["weights"]
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
     value, out = cross_entropy.blocked_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), transformer.unembed(params, model), batch.targets.reshape(-1), weights.reshape(-1), vocab_block)
+        hidden.reshape(-1, hidden.shape[-1]),
+        transformer.unembed(params, model),
+        batch.targets.reshape(-1),
+        weights.reshape(-1),
+        vocab_block,
+        tile,
+    )
     tokens = out["ce/tokens"]
     sums = {"ce": value, "ce/loss": out["ce/loss"] * tokens, "ce/accuracy": out["ce/accuracy"] * tokens, "ce/tokens": tokens}
     return value + share * aux["loss"], {**sums, **router_metrics(aux, share)}
@@ -110,8 +119,16 @@ class Curriculum:
         ends = np.cumsum([p.share for p in phases]) * cfg.steps
         self.ends = [round(float(e)) for e in ends]
         self.phases = [
-            Packed(batches.loader([e for steps, e in data if steps <= p.max_steps], batch_size=cfg.rows, max_length=cfg.max_length,
-                                  seed=setting.seed + i, policy=cfg.policy), setting)
+            Packed(
+                batches.loader(
+                    [e for steps, e in data if steps <= p.max_steps],
+                    batch_size=cfg.rows,
+                    max_length=cfg.max_length,
+                    seed=setting.seed + i,
+                    policy=cfg.policy,
+                ),
+                setting,
+            )
             for i, p in enumerate(phases)
         ]
 
@@ -128,17 +145,24 @@ class Curriculum:
 
 
 @functools.lru_cache(maxsize=8)
-def jitted_step(model: ModelConfig, num_domains: int, reduction: str, vocab_block: int, microbatches: int, optimizer: Binding):
+def jitted_step(
+    model: ModelConfig, num_domains: int, reduction: str, vocab_block: int, tile: int | None, microbatches: int, optimizer: Binding
+):
     """The train step of this stage, its state donated. Stages that differ only in data, rates and length share it, compiled."""
-    loss_fn = functools.partial(loss, model=model, vocab_block=vocab_block)
+    loss_fn = functools.partial(loss, model=model, vocab_block=vocab_block, tile=tile)
     weigh_fn = functools.partial(weigh, num_domains=num_domains, reduction=reduction)
     tx = optimizer(transformer.specs(model), 1)
     return jax.jit(train.make_train_step(loss_fn, tx, microbatches, weigh_fn, finish), donate_argnums=(0,))
 
 
 def run(
-    cfg: SftConfig, params: Params, source: train.Source, setting: Setting, stage: str = "sft",
-    probe: Callable[[Params], Metrics] | None = None, probe_every: int = 1,
+    cfg: SftConfig,
+    params: Params,
+    source: train.Source,
+    setting: Setting,
+    stage: str = "sft",
+    probe: Callable[[Params], Metrics] | None = None,
+    probe_every: int = 1,
 ) -> Params:
     """Train on the batches of ``source``, starting from ``params``; resumable; returns the new parameters. probe: see train.fit."""
     done = setting.finished(stage)
@@ -147,9 +171,20 @@ def run(
     began = time.perf_counter()
     tx = cfg.optimizer(setting.specs, cfg.steps)
     with setting.on_mesh():
-        step = jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.microbatches, optim.program(cfg.optimizer))
+        program = optim.program(cfg.optimizer)
+        step = jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
         state = train.fit(
-            train.init_state(params, tx, setting.seed), step, source, steps=cfg.steps, stage=stage,
-            directory=setting.directory(stage) / "checkpoints", writer=setting.writer, save_every=cfg.save_every, keep=cfg.keep,
-            log_every=cfg.log_every, probe=probe, probe_every=probe_every)
+            train.init_state(params, tx, setting.seed),
+            step,
+            source,
+            steps=cfg.steps,
+            stage=stage,
+            directory=setting.directory(stage) / "checkpoints",
+            writer=setting.writer,
+            save_every=cfg.save_every,
+            keep=cfg.keep,
+            log_every=cfg.log_every,
+            probe=probe,
+            probe_every=probe_every,
+        )
         return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})

@@ -66,8 +66,9 @@ def finish_logsumexp(running: tuple[jax.Array, jax.Array]) -> jax.Array:
     return running[0] + jnp.log(running[1])
 
 
-def accumulate(gradients: tuple[jax.Array, jax.Array], grad: jax.Array, hidden: jax.Array, matrix: jax.Array,
-               start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def accumulate(
+    gradients: tuple[jax.Array, jax.Array], grad: jax.Array, hidden: jax.Array, matrix: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Adds one block's part to float32 (d hidden [N, D], d unembed [V, D]).
 
     grad [N, block] float32 is the gradient of the block's logits. The products are float32 whatever the inputs are: grad

@@ -36,7 +36,7 @@ def test_streams_in_order_with_domains(small, monkeypatch):
 
 
 def test_a_truncated_run_ends_with_what_was_written(small):
-    (_, example), = examples.tokenized([run(0, status=TRUNCATED)], small)
+    ((_, example),) = examples.tokenized([run(0, status=TRUNCATED)], small)
     assert small.decode(example.tokens).endswith("assistant\nthe tool") and example.mask[-1] == 1
 
 
@@ -55,5 +55,5 @@ def test_runs_that_cannot_be_rendered_are_counted(small):
 def test_written_and_read_back_tokenises_the_same(small, tmp_path):
     trajectories.write(tmp_path / "x.jsonl", [run(0)])
     again = trajectories.read(tmp_path / "x.jsonl")[0]
-    (_, one), = examples.tokenized(again, small)
+    ((_, one),) = examples.tokenized(again, small)
     np.testing.assert_array_equal(one.tokens, chat.tokenize(small, MESSAGES)[0])

@@ -85,8 +85,11 @@ def test_tool_calling_chains_through_cells_written_before():
     chained = [DOMAINS["tool_calling"].propose(seed, 6) for seed in range(30)]
     share = [sum(s in {t for _, t in task.operations[:i]} for i, (s, _) in enumerate(task.operations)) / 6 for task in chained]
     assert 0.2 < sum(share) / len(share) < 0.7
-    assert not any(s in {t for _, t in task.operations[:i]} for task in [ToolCalling(reuse=0.0).propose(1, 6)] for i, (s, _) in
-                   enumerate(task.operations))
+    assert not any(
+        s in {t for _, t in task.operations[:i]}
+        for task in [ToolCalling(reuse=0.0).propose(1, 6)]
+        for i, (s, _) in enumerate(task.operations)
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,10 @@ json_values = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=40, deadline=None)
-@given(tool=st.sampled_from(["get", "put", "search", "read_page"]) | st.text(), arguments=st.dictionaries(
-    st.sampled_from(["key", "value", "title", "query"]) | st.text(), json_values))
+@given(
+    tool=st.sampled_from(["get", "put", "search", "read_page"]) | st.text(),
+    arguments=st.dictionaries(st.sampled_from(["key", "value", "title", "query"]) | st.text(), json_values),
+)
 def test_tools_answer_whatever_they_are_asked(name, tool, arguments):
     task = DOMAINS[name].propose(1, 2)
     state, seen = task.step(task.reset(), Call(tool, arguments))

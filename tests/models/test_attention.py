@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from a1jax.models import attention
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T, H, K, F = 2, 11, 4, 2, 6
 RUNS = np.array([[0] * 5 + [1] + [2] * 5, [0] * 9 + [1] * 2], np.int32)
 
@@ -44,8 +47,8 @@ def test_values_and_gradients(inputs, chunk):
     def ours(q, k, v):
         return attention.causal_attention(q, k, v, jnp.asarray(RUNS), chunk)
 
-    np.testing.assert_allclose(ours(*qkv), naive(*qkv), atol=2e-6)
-    got, expected = (jax.grad(lambda *a, f=f: jnp.sum(f(*a) * g), argnums=(0, 1, 2))(*qkv) for f in (ours, plain))
+    np.testing.assert_allclose(jit(ours)(*qkv), naive(*qkv), atol=2e-6)
+    got, expected = (jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) * g), argnums=(0, 1, 2)))(*qkv) for f in (ours, plain))
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -15,7 +15,7 @@ from a1jax.models.config import NAMED, ModelConfig, qwen3_5_35b_a3b, tiny
         ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3"),
         ({"num_experts_active": 9}, "num_experts_active is 9: at most num_experts = 8"),
         ({"delta_chunk": 12}, "delta_chunk is 12: make it a power of two"),
-        ({"rotary_fraction": 0.1}, "rotary width 3 must be even"),
+        ({"rotary_fraction": 0.1}, "rotary width 3 of head_dim 32 must be even"),
         ({"rotary_fraction": 0.0}, "rotary width 0"),
         ({"moe": "sparse"}, "moe is 'sparse': choose one of dense, ragged"),
         ({"remat": "all"}, "remat is 'all'"),

@@ -8,6 +8,7 @@ import pytest
 from a1jax import params
 from a1jax.models import gated_delta
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T, HK, H, DK, DV = 2, 21, 1, 2, 4, 3
 RUNS = np.array([[0] * 6 + [1] + [2] * 9 + [3] * 5, [0] * 8 + [1] * 8 + [2] * 3 + [3] * 2], np.int32)
 
@@ -35,11 +36,10 @@ def naive(q, k, v, g, beta):
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def value_and_gradients(chunk, cotangent, *arguments):
-    return jax.vjp(lambda *a: gated_delta.delta_rule(*a, jnp.asarray(RUNS), chunk), *arguments)[1](cotangent), gated_delta.delta_rule(
-        *arguments, jnp.asarray(RUNS), chunk
-    )
+    out, pull = jax.vjp(lambda *a: gated_delta.delta_rule(*a, jnp.asarray(RUNS), chunk), *arguments)
+    return pull(cotangent), out
 
 
 @pytest.mark.parametrize("chunk", [4, 16, 32])
@@ -59,20 +59,22 @@ def test_inverse_is_stable_where_squaring_is_not():
     c = 64
     a = np.tril(np.ones((c, c)), -1)  # equal keys, beta 1, no decay: powers of it reach 1e17
     inverse = np.eye(c) - np.eye(c, k=-1)
-    np.testing.assert_allclose(gated_delta.unit_lower_inverse(jnp.asarray(a[None], jnp.float32))[0], inverse, atol=1e-6)
+    np.testing.assert_allclose(jit(gated_delta.unit_lower_inverse)(jnp.asarray(a[None], jnp.float32))[0], inverse, atol=1e-6)
     rng = np.random.default_rng(0)
     a = np.tril(rng.uniform(-0.3, 0.3, (2, 16, 16)), -1)
     g = rng.standard_normal(a.shape)
     expected = np.linalg.inv(np.eye(16) + a)
-    value, pull = jax.vjp(gated_delta.unit_lower_inverse, jnp.asarray(a, jnp.float32))
+    value, gradient = jit(lambda a, g: (lambda out, pull: (out, pull(g)[0]))(*jax.vjp(gated_delta.unit_lower_inverse, a)))(
+        jnp.asarray(a, jnp.float32), jnp.asarray(g, jnp.float32)
+    )
     np.testing.assert_allclose(value, expected, atol=1e-5)
     turned = np.swapaxes(expected, 1, 2)
-    np.testing.assert_allclose(pull(jnp.asarray(g, jnp.float32))[0], -turned @ g @ turned, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(gradient, -turned @ g @ turned, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def layer(cfg):
-    return params.init(gated_delta.specs(cfg), jax.random.key(2))
+    return jit(lambda key: params.init(gated_delta.specs(cfg), key))(jax.random.key(2))
 
 
 def test_a_packed_row_equals_its_segments_alone_at_every_border(cfg, layer):
@@ -83,7 +85,12 @@ def test_a_packed_row_equals_its_segments_alone_at_every_border(cfg, layer):
     cuts = [[0, i, i + 1, i + 3, length] for i in range(1, length - 3)]
     runs = np.stack([np.searchsorted(c, np.arange(length), side="right") for c in cuts]).astype(np.int32)
     x = x[: len(cuts)]
-    run = jax.jit(jax.value_and_grad(lambda x, runs, w: (lambda y: (jnp.sum(jnp.sin(y) * w), y))(gated_delta.apply(layer, x, runs, cfg)), has_aux=True))
+
+    def outputs(x, runs, weight):
+        y = gated_delta.apply(layer, x, runs, cfg)
+        return jnp.sum(jnp.sin(y) * weight), y
+
+    run = jit(jax.value_and_grad(outputs, has_aux=True))
     one = jnp.ones((len(cuts), length, 1))
     (_, packed), gradient = run(x, jnp.asarray(runs), one)
     for part in range(4):
@@ -92,7 +99,8 @@ def test_a_packed_row_equals_its_segments_alone_at_every_border(cfg, layer):
             alone[row, : c[part + 1] - c[part]] = x[row, c[part] : c[part + 1]]
         lengths = np.array([c[part + 1] - c[part] for c in cuts])
         inside = np.arange(length)[None] < lengths[:, None]
-        (_, values), gradients = run(jnp.asarray(alone), jnp.asarray(np.where(inside, 0, 1), jnp.int32), jnp.asarray(inside[..., None], jnp.float32))
+        padding = jnp.asarray(~inside, jnp.int32)
+        (_, values), gradients = run(jnp.asarray(alone), padding, jnp.asarray(inside[..., None], jnp.float32))
         for row, c in enumerate(cuts):
             np.testing.assert_allclose(packed[row, c[part] : c[part + 1]], values[row, : lengths[row]], atol=1e-5)
             np.testing.assert_allclose(gradient[row, c[part] : c[part + 1]], gradients[row, : lengths[row]], atol=1e-5)

@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from a1jax.models import layers
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RNG = np.random.default_rng(0)
 
 
@@ -28,7 +31,7 @@ def test_silu_by_tanh_is_silu():
 
 def test_linear_has_the_gradient_of_a_matmul():
     x, w, g = normal(3, 5, 4), normal(4, 6), normal(3, 5, 6)
-    plain, ours = (jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) * g), argnums=(0, 1))(x, w) for f in (jnp.matmul, layers.linear))
+    plain, ours = (jit(jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) * g), argnums=(0, 1)))(x, w) for f in (jnp.matmul, layers.linear))
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     half = jax.grad(lambda w: jnp.sum(layers.linear(x.astype(jnp.bfloat16), w)))(w)
@@ -41,15 +44,18 @@ def test_rotation_by_hand():
     x = jnp.tile(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), (1, 2, 1, 1))
     y = layers.rotate(x, cos, sin)
     np.testing.assert_array_equal(y[:, 0], x[:, 0])  # position 0 does not turn
-    turned = [1 * np.cos(2) - 3 * np.sin(2), 2 * np.cos(0.2) - 4 * np.sin(0.2), 3 * np.cos(2) + np.sin(2), 4 * np.cos(0.2) + 2 * np.sin(0.2)]
+    c, s, c2, s2 = np.cos(2), np.sin(2), np.cos(0.2), np.sin(0.2)
+    turned = [1 * c - 3 * s, 2 * c2 - 4 * s2, 3 * c + 1 * s, 4 * c2 + 2 * s2]
     np.testing.assert_allclose(y[0, 1, 0], [*turned, 5, 6], rtol=1e-6)  # pairs (i, i + half); the rest passes
 
 
 def test_rotation_shows_only_distances():
     q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8)
 
+    @jit
     def score(i, j):
-        return jnp.sum(layers.rotate(q, *layers.rotary_angles(jnp.array([[i]]), 8, 50.0)) * layers.rotate(k, *layers.rotary_angles(jnp.array([[j]]), 8, 50.0)))
+        at = [layers.rotary_angles(jnp.array([[position]]), 8, 50.0) for position in (i, j)]
+        return jnp.sum(layers.rotate(q, *at[0]) * layers.rotate(k, *at[1]))
 
     np.testing.assert_allclose(score(9, 4), score(25, 20), rtol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-2
@@ -74,7 +80,7 @@ def test_convolution_stops_at_borders_in_value_and_gradient():
     runs = np.array([[0, 0, 0, 1, 2, 2, 2, 2, 2], [0, 1, 1, 2, 3, 4, 4, 4, 5]], np.int32)
     x, taps, g = normal(2, 9, 3), normal(4, 3), normal(2, 9, 3)
     ours, expected = (
-        jax.value_and_grad(lambda x, taps, f=f: jnp.sum(f(x, taps) * g), argnums=(0, 1))(x, taps)
+        jit(jax.value_and_grad(lambda x, taps, f=f: jnp.sum(f(x, taps) * g), argnums=(0, 1)))(x, taps)
         for f in (lambda x, taps: layers.causal_conv(x, taps, jnp.asarray(runs)), lambda x, taps: naive_conv(x, taps, runs))
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
@@ -82,9 +88,9 @@ def test_convolution_stops_at_borders_in_value_and_gradient():
 
 def test_convolution_step_by_step():
     x, taps = normal(2, 6, 3), normal(4, 3)
-    window, outs = jnp.zeros((2, 3, 3)), []
+    window, outs, step = jnp.zeros((2, 3, 3)), [], jit(layers.conv_step)
     for t in range(6):
-        out, window = layers.conv_step(window, x[:, t], taps)
+        out, window = step(window, x[:, t], taps)
         outs.append(out)
-    np.testing.assert_allclose(jnp.stack(outs, 1), layers.causal_conv(x, taps, jnp.zeros((2, 6), jnp.int32)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jnp.stack(outs, 1), jit(layers.causal_conv)(x, taps, jnp.zeros((2, 6), jnp.int32)), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(window, x[:, 3:])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,8 +12,9 @@ from a1jax import params, sharding
 from a1jax.models import moe
 from a1jax.models.config import tiny
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T = 8, 5
-MESHES = [{"expert": 8}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}, {"data": 8}]
+MESHES = [{"expert": 8}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def layer(small):
-    return params.init(moe.specs(small), jax.random.key(0))
+    return jit(lambda key: params.init(moe.specs(small), key))(jax.random.key(0))
 
 
 def x_of(kind, d=16):
@@ -37,12 +39,12 @@ def x_of(kind, d=16):
 def test_route_by_hand():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
     expected = [[0, 4 / 7, 0, 3 / 7], [0.5, 0.5, 0, 0]]  # ties go to the lower index
-    np.testing.assert_allclose(moe.route(logits, 2), expected, rtol=1e-6)
+    np.testing.assert_allclose(jit(moe.route, static_argnums=1)(logits, 2), expected, rtol=1e-6)
 
 
 def test_many_experts_choose_as_few_do():
     logits = jnp.round(jax.random.normal(jax.random.key(0), (20, 70)), 1)  # rounded: with ties
-    few, many = (moe.chosen_experts(logits[:, :n], 6) for n in (64, 70))
+    few, many = (jit(moe.chosen_experts, static_argnums=1)(logits[:, :n], 6) for n in (64, 70))
     for chosen, n in ((few, 64), (many, 70)):
         index = jax.lax.top_k(logits[:, :n], 6)[1]
         np.testing.assert_array_equal(chosen, np.any(np.asarray(index)[..., None] == np.arange(n), axis=1))
@@ -74,7 +76,7 @@ def loss(p, x, cfg):
     return jnp.sum(jnp.sin(y) * jnp.arange(16.0)[None, None]) + aux["load_balance"], y
 
 
-gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+gradient = jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,8 @@ def one_device(small, layer):
 
 
 def assert_same(got, expected):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(jax.device_get(got)), jax.tree.leaves(jax.device_get(expected)), strict=True):
+    got, expected = jax.tree_util.tree_leaves_with_path(jax.device_get(got)), jax.tree.leaves(jax.device_get(expected))
+    for (path, a), b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
 
 
@@ -94,7 +97,7 @@ def test_dense_ragged_and_the_definition_agree(small, layer, one_device, monkeyp
         assert_same(gradient(layer, x_of(kind), dense), expected)
     monkeypatch.setattr(moe, "DENSE_ROWS", 7)  # 40 tokens: five full steps and a padded one
     for kind in ("random", "one"):
-        assert_same(jax.jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, dense))(layer, x_of(kind)), one_device[kind])
+        assert_same(jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, dense))(layer, x_of(kind)), one_device[kind])
     idle = np.asarray(one_device["one"][0][0]["experts"]["down_proj"])
     assert (np.abs(idle).max((1, 2)) > 0).sum() == 2  # six experts without a token
 
@@ -107,7 +110,7 @@ def test_every_mesh_equals_one_device(i, small, layer, one_device, monkeypatch):
     mesh = sharding.make_mesh(MESHES[i])
     placed = jax.device_put(layer, params.shardings(moe.specs(cfg), mesh))
     rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length", "hidden"), mesh))
-    run = jax.jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, cfg))
+    run = jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, cfg))
     with jax.set_mesh(mesh):
         compiled = run.lower(placed, jax.device_put(x_of("random"), rows)).compile()
         for kind, expected in one_device.items():
@@ -119,23 +122,26 @@ def forbid_moving_experts(text, mesh):
     """Nothing as wide as an expert is gathered or exchanged; gradients may be summed over devices that hold the same expert."""
     moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
     assert not [shape for shape, _ in moved if re.search(r"\b(24|12)\b", shape)]
-    assert moved or set(mesh) == {"data"} or mesh.get("fsdp", mesh.get("expert", 1)) == 1  # tokens do move
+    assert moved or mesh.get("fsdp", mesh.get("expert", 1)) == 1  # tokens do move
+
+
+statistics_of = jit(moe.router_statistics)
 
 
 def test_statistics_by_hand_without_padding():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])) + jnp.array([[0.0], [1.0], [5.0]])
-    statistics = moe.router_statistics(logits, moe.route(logits, 1), jnp.array([True, True, False]))
+    statistics = statistics_of(logits, moe.route(logits, 1), jnp.array([True, True, False]))
     assert statistics["load_balance"] == pytest.approx(3 * (0.5 * 0.3 + 0.5 * 0.45), rel=1e-5)
     assert statistics["z"] == pytest.approx((0 + 1) / 2, abs=1e-5)
     np.testing.assert_allclose(statistics["load"], [0.5, 0.5, 0.0], rtol=1e-6)
     expected = -np.mean([np.sum(p * np.log(p)) for p in np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])])
     assert statistics["entropy"] == pytest.approx(expected, rel=1e-5)
-    nothing = moe.router_statistics(logits, moe.route(logits, 1), jnp.zeros(3, bool))
+    nothing = statistics_of(logits, moe.route(logits, 1), jnp.zeros(3, bool))
     assert all(np.all(value == 0) for value in nothing.values())
 
 
 def test_balanced_routing_has_a_loss_of_the_active_experts():
     logits = 1e-3 * jnp.eye(4)  # every expert chosen equally often
     logits = jnp.concatenate([logits + jnp.roll(logits, 1, axis=1)])
-    statistics = moe.router_statistics(logits, moe.route(logits, 2), jnp.ones(4, bool))
+    statistics = statistics_of(logits, moe.route(logits, 2), jnp.ones(4, bool))
     assert statistics["load_balance"] == pytest.approx(2, rel=1e-4)

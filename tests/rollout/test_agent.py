@@ -30,8 +30,16 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    cfg = models.tiny(vocab_size=tokenizer.vocab_size, d_model=16, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
-                      expert_width=8, shared_expert_width=8)
+    cfg = models.tiny(
+        vocab_size=tokenizer.vocab_size,
+        d_model=16,
+        head_dim=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        expert_width=8,
+        shared_expert_width=8,
+    )
     return cfg, param_specs.init(transformer.specs(cfg), jax.random.key(0))
 
 

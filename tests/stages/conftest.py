@@ -9,8 +9,16 @@ from a1jax.stages import experts
 from a1jax.stages.setting import Setting
 
 NAMES = ("search", "tool_calling")
-MODEL = models.tiny(vocab_size=640, d_model=16, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, expert_width=8,
-                    shared_expert_width=8)
+MODEL = models.tiny(
+    vocab_size=640,
+    d_model=16,
+    head_dim=8,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    num_experts=2,
+    expert_width=8,
+    shared_expert_width=8,
+)
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +36,6 @@ def setting(tokenizer, tmp_path):
 @pytest.fixture(scope="session")
 def data(tokenizer):
     """Pairs of steps and example of both domains, lengths 1 and 2."""
-    return [pair for i, name in enumerate(NAMES) for pair in experts.examples(name, i, experts.Runs({1: 12, 2: 12}), "sft", 0, tokenizer, False)]
+    return [
+        pair for i, name in enumerate(NAMES) for pair in experts.examples(name, i, experts.Runs({1: 12, 2: 12}), "sft", 0, tokenizer, False)
+    ]

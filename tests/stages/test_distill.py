@@ -18,15 +18,25 @@ from a1jax.stages.distill import DistillConfig
 from a1jax.types import ABORTED, FAILED, TRUNCATED, Rollout
 
 LIMITS = Limits(slots=4, max_turns=3, max_turn_tokens=8, max_length=80, temperature=1.0)
-CFG = DistillConfig(steps=4, prompts=3, lengths=(1, 2), rows=3, max_length=80, k=8, optimizer=bind(optim.adamw, learning_rate=3e-3, final=1.0),
-                    limits=LIMITS, save_every=2, vocab_block=256)
+CFG = DistillConfig(
+    steps=4,
+    prompts=3,
+    lengths=(1, 2),
+    rows=3,
+    max_length=80,
+    k=8,
+    optimizer=bind(optim.muon, learning_rate=0.02, table_learning_rate=0.02),
+    limits=LIMITS,
+    save_every=2,
+    vocab_block=256,
+)
 
 
 @pytest.fixture()
 def models(setting):
     """The student and two teachers that differ from it and from each other."""
     student = setting.init_params()
-    noisy = [jax.tree.map(lambda p, i=i: p + 0.05 * jax.random.normal(jax.random.key(i), p.shape), student) for i in (1, 2)]
+    noisy = [jax.tree.map(lambda p, i=i: p + 0.1 * jax.random.normal(jax.random.key(i), p.shape), student) for i in (1, 2)]
     return student, dict(zip(setting.domains, noisy, strict=True))
 
 
@@ -72,6 +82,7 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
     student, teachers = models
     model = dataclasses.replace(setting.model, load_balance_coef=0.0)
     batches = [distill.pack_domain([rollout(n=20 + 6 * i, domain=d) for i in range(2)], j, 2, 80)[0] for j, d in enumerate(setting.domains)]
+    batches = jax.tree.map(jnp.asarray, batches)
     pieces = [{"batch": b, **distill.score(teachers[d], b, model, CFG.k, 256)} for b, d in zip(batches, setting.domains, strict=True)]
     data = distill.weigh(jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), 2, "domain_mean")
     value, out = distill.loss(student, data, 1.0, model, CFG)
@@ -95,14 +106,14 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
 
 def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
     student, teachers = models
-    cfg = dataclasses.replace(CFG, steps=6)
+    cfg = dataclasses.replace(CFG, steps=12, save_every=5)
     whole = distill.run(cfg, student, teachers, setting, "whole")
     kl = [line["distill/kl"] for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
-    assert len(kl) == 6 and np.mean(kl[-2:]) < 0.8 * np.mean(kl[:2])
+    assert len(kl) == 12 and np.mean(kl[-3:]) < 0.7 * np.mean(kl[:3])
     original = distill.OnPolicy.next
 
     def interrupted(self, state):
-        if int(state.step) == 3:
+        if int(state.step) == 7:
             raise KeyboardInterrupt
         return original(self, state)
 

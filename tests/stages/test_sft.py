@@ -8,6 +8,7 @@ from a1jax import metrics, optim, train
 from a1jax.config import ConfigError, bind
 from a1jax.data import packing
 from a1jax.stages import sft
+from a1jax.stages.setting import MeshConfig, make_mesh
 from a1jax.stages.sft import Phase, SftConfig
 
 CFG = SftConfig(steps=8, rows=4, max_length=160, optimizer=bind(optim.muon, learning_rate=0.02), save_every=3, log_every=1, vocab_block=256)
@@ -58,8 +59,7 @@ def test_curriculum_shows_lengths_when_they_are_due(setting, data):
     assert max(longest[:4]) <= short < max(longest[4:])
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "domain_mean"])
-def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, data, reduction):
+def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, data):
     params = setting.init_params()
     model = dataclasses.replace(setting.model, load_balance_coef=0.0)  # the router's loss is a mean per slice by nature
     chosen = [e for _, e in data[::6]]
@@ -67,7 +67,7 @@ def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, dat
     alone = packing.to_batch([[e] for e in chosen], 200)
 
     def step(batch, microbatches):
-        made = sft.jitted_step(model, 2, reduction, 256, microbatches, bind(optim.adamw))
+        made = sft.jitted_step(model, 2, "domain_mean", 256, None, microbatches, bind(optim.adamw))
         return made(train.init_state(params, optim.adamw(setting.specs, 1), 0), batch)[1]
 
     reference = step(packed, 1)
@@ -80,3 +80,21 @@ def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, dat
 def test_settings_that_make_no_sense_are_refused(changes):
     with pytest.raises(ConfigError, match="SftConfig"):
         SftConfig(**changes)
+
+
+def test_under_a_mesh_the_stage_is_the_one_of_one_device(setting, data):
+    cfg = dataclasses.replace(CFG, steps=3, save_every=2, optimizer=bind(optim.adamw, learning_rate=1e-3))
+    plain = train_on(cfg, data, setting, "plain")
+    meshed = dataclasses.replace(setting, mesh=make_mesh(MeshConfig({"data": 2, "expert": 2})))
+    spread = train_on(cfg, data, meshed, "meshed")
+    experts = spread["blocks"]["0"]["mlp"]["experts"]["down_proj"]
+    assert len(experts.sharding.device_set) == 4 and "expert" in str(experts.sharding.spec)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+    again = meshed.finished("meshed")  # read back where the mesh wants it
+    assert again["blocks"]["0"]["mlp"]["experts"]["down_proj"].sharding == experts.sharding
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    with pytest.raises(ConfigError, match="needs 64 devices"):
+        make_mesh(MeshConfig({"data": 64}))
