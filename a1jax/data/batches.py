@@ -103,7 +103,9 @@ def loader(
         chosen = [[cut(source[i], start, stop) for i, start, stop in rows[row]] for row in indices[mine].tolist()]
         return to_batch(chosen, max_length, pad_id)
 
-    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(reseed_each_epoch=True)
+    # Endless in effect: grain's own endless repeat overflows a length when the batch is one row.
+    epochs = (1 << 48) // len(rows)
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(epochs, reseed_each_epoch=True)
     dataset = order.batch(batch_size).map(fetch)
     digest = hashlib.sha256(np.asarray(lengths, np.int64).tobytes() + policy.encode()).hexdigest()[:16]
     identity = {"data": digest, "max_length": max_length, "batch_size": batch_size, "seed": seed}

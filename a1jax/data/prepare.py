@@ -45,7 +45,7 @@ class PrepareReport:
     def __str__(self) -> str:
         share = self.supervised / self.tokens if self.tokens else 0.0
         domains = ", ".join(f"{name} {n}" for name, n in self.domains.items())
-        return f"{self.read}\n{self.runs} runs, {self.tokens} tokens, {share:.1%} of them written by the model ({domains})"
+        return f"{statistics.table(self.rows)}\n{self.tokens} tokens, {share:.1%} of them written by the model ({domains})"
 
 
 def prepare(
@@ -81,6 +81,7 @@ def prepare(
         )  # fmt: skip
         np.save(part / LENGTHS, np.asarray([n for *_, n, _ in rows], np.int64))
         summary = {"tokenizer": str(tokenizer_path), "fingerprint": tokenizer.fingerprint, "skipped": read.lines()}
+        summary["statistics"] = statistics.table(report.rows)
         numbers = {key: getattr(report, key) for key in ("runs", "tokens", "supervised", "domains")}
         (part / REPORT).write_text(json.dumps(numbers | summary, indent=1) + "\n")
         if out.exists():

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import metrics
 from ..config import Binding, ConfigError
-from ..data import batches, domain_names, packing, prepare, statistics
+from ..data import batches, domain_names, packing, prepare
 from ..data import tokenizer as tokenizers
 from ..data.packing import Example
 from ..losses import cross_entropy
@@ -99,10 +99,9 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
         )
     if not (workdir / "prepared" / prepare.REPORT).exists():
-        report = prepare.prepare(list(cfg.data.paths), workdir / "prepared", cfg.data.tokenizer, cfg.data.strict)
-        (workdir / "statistics.txt").write_text(statistics.table(report.rows) + "\n")
-    print((workdir / "statistics.txt").read_text())
+        prepare.prepare(list(cfg.data.paths), workdir / "prepared", cfg.data.tokenizer, cfg.data.strict)
     source = prepare.open_prepared(workdir / "prepared", tokenizer)
+    print(source.summary["statistics"])
     train_part, heldout = split(source, cfg.data.heldout, cfg.seed)
     with metrics.Writer(workdir) as writer:
         setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
@@ -114,7 +113,7 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
             policy=cfg.sft.policy,
             pad_id=tokenizer.pad_id,
         )
-        print(f"packed to {cfg.sft.max_length:,}: {loader.report}\nheld out: {len(heldout)} runs\n")
+        print(f"\npacked to {cfg.sft.max_length:,}: {loader.report}\nheld out: {len(heldout)} runs\n")
         with setting.on_mesh():
             params = setting.init_params()
             batch = setting.put(heldout_batch(heldout, cfg.data.heldout_rows, cfg.sft.max_length))

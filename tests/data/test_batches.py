@@ -140,3 +140,9 @@ def test_known_lengths_spare_reading_the_source():
     assert lazy.read == []
     assert same(next(batches), next(loader(source(), 2, 16, seed=0)))
     assert 0 < len(lazy.read) < 23
+
+
+def test_batches_of_one_row_never_end():
+    examples = [Example(np.arange(5, dtype=np.int32), np.ones(5, np.float32)) for _ in range(3)]
+    one = loader(examples, batch_size=1, max_length=8, seed=0)
+    assert [next(one).tokens.shape for _ in range(7)] == [(1, 8)] * 7
