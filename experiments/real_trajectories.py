@@ -18,9 +18,9 @@ def get_config(arg: str = "") -> RealRuns:
         name="real_trajectories",
         main=bind(real_runs.run),
         data=DataConfig(paths=("../shared/data/trajectories",), tokenizer="../shared/data/tokenizers/qwen3"),
-        model=models.tiny(vocab_size=151_680, head_dim=16, attention_chunk=512, delta_chunk=64, remat="block"),
+        model=models.tiny(vocab_size=151_680, num_heads=1, num_kv_heads=1, head_dim=16, attention_chunk=512, delta_chunk=64),
         sft=SftConfig(
-            steps=24,
+            steps=20,
             rows=1,
             max_length=32_768,
             policy="split",
@@ -30,5 +30,5 @@ def get_config(arg: str = "") -> RealRuns:
             log_every=1,
             optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.03, warmup=0.1),
         ),
-        probe_every=6,
+        probe_every=5,
     )

@@ -13,6 +13,8 @@ from a1jax.stages.sft import Phase, SftConfig
 
 CFG = SftConfig(steps=8, rows=4, max_length=160, optimizer=bind(optim.muon, learning_rate=0.02), save_every=3, log_every=1, vocab_block=256)
 
+GOLDEN_LOSS, GOLDEN_NORM, GOLDEN_TOKENS = (6.899686, 6.677432, 6.327948), 1.24221, 333
+
 
 def train_on(cfg, data, setting, stage="sft"):
     return sft.run(cfg, setting.init_params(), sft.Curriculum(cfg, data, setting), setting, stage)
@@ -25,6 +27,15 @@ def test_stage_learns_stores_and_is_not_run_twice(setting, data):
     again = sft.run(CFG, None, None, setting)  # finished: neither parameters nor data are looked at
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, again))
     assert setting.facts("sft")["steps"] == 8
+
+
+def test_golden_first_steps(setting, data):
+    """Numbers of seed 0, written down once: a change of model, data, loss or optimizer that should change nothing must not move them."""
+    train_on(CFG, data, setting)
+    lines = metrics.read(setting.workdir)
+    np.testing.assert_allclose([line["ce/loss"] for line in lines[:3]], GOLDEN_LOSS, rtol=2e-3)
+    np.testing.assert_allclose(lines[0]["grad_norm"], GOLDEN_NORM, rtol=2e-3)
+    assert lines[0]["ce/tokens"] == GOLDEN_TOKENS
 
 
 def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(setting, data, monkeypatch):
