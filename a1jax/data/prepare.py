@@ -45,7 +45,7 @@ class PrepareReport:
     def __str__(self) -> str:
         share = self.supervised / self.tokens if self.tokens else 0.0
         domains = ", ".join(f"{name} {n}" for name, n in self.domains.items())
-        return f"{statistics.table(self.rows)}\n{self.tokens} tokens, {share:.1%} of them written by the model ({domains})"
+        return f"{statistics.table(self.rows)}\n{self.runs} runs, {self.tokens} tokens, {share:.1%} written by the model ({domains})"
 
 
 def prepare(

