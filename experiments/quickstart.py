@@ -1,7 +1,12 @@
 """Three stages on two embedded domains: one student learns from two teachers, in minutes on two CPU cores.
 
-a1jax run experiments/quickstart.py            # under 10 minutes on 2 cores
-a1jax run experiments/quickstart.py:smoke      # all three stages in under 90 seconds; proves the plumbing, learns nothing
+    a1jax run experiments/quickstart.py            # under 10 minutes on 2 cores
+    a1jax run experiments/quickstart.py:smoke      # all three stages in under 90 seconds (measured: 40 s); learns nothing to speak of
+
+Measured (commit 70c5541ff9, 2 cores, Intel(R) Xeon(R) Processor, jax 0.10.2, seed 0, 302 s): the table is in the README.
+What decided whether it learns: the form of a thought (a key stands right before its value), Muon at 0.01 with 8 short rows a step
+(0.02 or 16 rows needed twice the tokens), a few runs of every length in the data of stage 1 (without them a student takes "after step 4
+comes the end" for the rule and distillation has to undo it first), and all lengths among the prompts of stage 3.
 """
 
 import dataclasses

@@ -28,3 +28,25 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def domain_tokenizer(tmp_path_factory):
+    """The small SentencePiece model that the embedded domains train for themselves."""
+    from a1jax.data.tokenizer import train_sentencepiece
+    from a1jax.domains import DOMAINS
+    from a1jax.stages import experts
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_sentencepiece(
+        experts.tokenizer_texts(tuple(DOMAINS), 0), path, vocab_size=640, symbols=experts.symbols(tuple(DOMAINS), 24)
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """A model config over that tokenizer, as small as the real shape allows."""
+    from a1jax.models import config as models
+
+    width = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "expert_width": 8, "shared_expert_width": 8}
+    return models.tiny(vocab_size=640, d_model=16, num_experts=2, **width)

@@ -72,7 +72,7 @@ def findings(results: dict[str, Any]) -> list[str]:
     teachers, student = sum(r["teacher"] for r in domains.values()) / n, sum(r["student"] for r in domains.values()) / n
     control = sum(r["sft_continued"] for r in domains.values()) / n
     line(
-        student >= 0.9 * teachers,
+        student >= 0.9 * teachers > 0,
         f"one student reaches 90 % of its teachers' mean: {100 * student:.1f} of {100 * teachers:.1f} "
         f"({100 * student / max(teachers, 1e-9):.0f} %)",
     )
@@ -89,8 +89,9 @@ def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
         *("| " + " | ".join(row) + " |" for row in cells[1:]),
     ]
     machine = run.get("machine", {})
+    changed = " with uncommitted changes" if run.get("uncommitted_changes") else ""
     source = (
-        f"`{run.get('command', '?')}`, commit {run.get('commit', '?')}, seed {results['seed']}, {machine.get('cores', '?')} cores "
+        f"`{run.get('command', '?')}`, commit {run.get('commit', '?')}{changed}, seed {results['seed']}, {machine.get('cores', '?')} cores "
         f"({machine.get('processor', '?')}), jax {run.get('versions', {}).get('jax', '?')}, {results['wall_seconds']:.0f} s"
     )
     stages = [f"- {name}: {facts['steps']} steps, {facts['seconds']:.0f} s" for name, facts in results["stages"].items()]

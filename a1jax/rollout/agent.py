@@ -17,7 +17,7 @@ import numpy as np
 from ..config import ConfigError
 from ..data import chat
 from ..data.tokenizer import Tokenizer
-from ..domains.base import Call, Observation, Task, call_message, judge, record, tool_message
+from ..domains.base import Call, Observation, Task, judge, record, tool_message
 from ..models import decode
 from ..models.config import ModelConfig
 from ..types import ABORTED, TRUNCATED, Params, Record, Rollout, Trajectory
@@ -56,7 +56,6 @@ class _Run:
     state: Any
     messages: list[dict]
     records: list[Record]
-    turn_start: int
     turns: int = 0
 
 
@@ -136,7 +135,7 @@ class _Session:
             prompt = self.engine.prompt(task)
             s = self.limits.max_length
             self.sampled[slot], self.logp[slot] = 0.0, 0.0
-            self.runs[slot] = _Run(index, attempt, task, task.reset(), list(task.messages()), [], len(prompt))
+            self.runs[slot] = _Run(index, attempt, task, task.reset(), list(task.messages()), [])
             if len(prompt) >= s:  # no room for a single answer token
                 self.tokens[slot, :] = prompt[:s]
                 self.known[slot] = s
@@ -224,6 +223,3 @@ class _Session:
             self.on_done(1)
         if refill:
             self._fill(slot)
-
-
-__all__ = ["Engine", "Limits", "call_message"]

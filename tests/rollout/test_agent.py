@@ -10,12 +10,9 @@ import pytest
 from a1jax import params as param_specs
 from a1jax.config import ConfigError
 from a1jax.data import chat
-from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import DOMAINS, solve
-from a1jax.models import config as models
 from a1jax.models import transformer
 from a1jax.rollout.agent import Engine, Limits
-from a1jax.stages import experts
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
 
 LIMITS = Limits(slots=4, max_turns=12, max_turn_tokens=24, max_length=128, temperature=1.0)
@@ -23,24 +20,13 @@ NAMES = ("search", "tool_calling")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=640, symbols=experts.symbols(NAMES, 24))
+def tokenizer(domain_tokenizer):
+    return domain_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    cfg = models.tiny(
-        vocab_size=tokenizer.vocab_size,
-        d_model=16,
-        head_dim=8,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=2,
-        expert_width=8,
-        shared_expert_width=8,
-    )
-    return cfg, param_specs.init(transformer.specs(cfg), jax.random.key(0))
+def model(small_model):
+    return small_model, param_specs.init(transformer.specs(small_model), jax.random.key(0))
 
 
 def tasks(steps=2):

@@ -10,21 +10,9 @@ from a1jax.config import ConfigError, bind
 from a1jax.data import trajectories
 from a1jax.data.errors import DataError
 from a1jax.domains import solve
-from a1jax.models import config as models
 from a1jax.stages import experts, real_runs
 from a1jax.stages.real_runs import DataConfig, RealRuns, Subset
 from a1jax.stages.sft import SftConfig
-
-MODEL = models.tiny(
-    vocab_size=640,
-    d_model=16,
-    head_dim=8,
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-    num_experts=2,
-    expert_width=8,
-    shared_expert_width=8,
-)
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +28,17 @@ def files(tmp_path_factory):
     return folder
 
 
-def settings(files, tokenizer, **data):
+def settings(files, tokenizer, model, **data):
     sft = SftConfig(
         steps=6, rows=2, max_length=512, policy="split", optimizer=bind(optim.muon, learning_rate=0.02), save_every=3, log_every=1
     )
     return RealRuns(
-        "real", bind(real_runs.run), DataConfig((str(files),), tokenizer.path, heldout=0.1, heldout_rows=1, **data), MODEL, sft, 3
+        "real", bind(real_runs.run), DataConfig((str(files),), tokenizer.path, heldout=0.1, heldout_rows=1, **data), model, sft, 3
     )
 
 
-def test_held_out_loss_falls_and_everything_is_counted(files, tokenizer, tmp_path, capsys):
-    cfg = settings(files, tokenizer)
+def test_held_out_loss_falls_and_everything_is_counted(files, tokenizer, small_model, tmp_path, capsys):
+    cfg = settings(files, tokenizer, small_model)
     out = real_runs.run(cfg, tmp_path / "run")
     text = capsys.readouterr().out
     assert out["last"] < 0.95 * out["first"] and out["efficiency"] > 0.8
@@ -60,9 +48,9 @@ def test_held_out_loss_falls_and_everything_is_counted(files, tokenizer, tmp_pat
     assert real_runs.run(cfg, tmp_path / "run") == out  # finished: the same numbers again
 
 
-def test_strict_stops_at_the_broken_line_and_leaves_nothing(files, tokenizer, tmp_path):
+def test_strict_stops_at_the_broken_line_and_leaves_nothing(files, tokenizer, small_model, tmp_path):
     with pytest.raises(DataError, match=r"runs\.jsonl\.gz:41"):
-        real_runs.run(settings(files, tokenizer, strict=True), tmp_path / "run")
+        real_runs.run(settings(files, tokenizer, small_model, strict=True), tmp_path / "run")
     assert not (tmp_path / "run/prepared").exists()
 
 
@@ -82,15 +70,15 @@ def test_split_holds_out_whole_runs_once():
     assert isinstance(heldout, Subset) and list(real_runs.split(Numbers(), 0.2, seed=2)[1]) != list(heldout)
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(files, tokenizer, tmp_path):
-    cfg = config.override(settings(files, tokenizer), ["model.vocab_size=300"])
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(files, tokenizer, small_model, tmp_path):
+    cfg = config.override(settings(files, tokenizer, small_model), ["model.vocab_size=300"])
     with pytest.raises(ConfigError, match="the tokenizer has 640 ids but model.vocab_size is 300"):
         real_runs.run(cfg, tmp_path / "run")
 
 
-def test_real_runs_of_a_coding_agent(shared_data, tmp_path):
+def test_real_runs_of_a_coding_agent(shared_data, small_model, tmp_path):
     data = DataConfig((str(shared_data / "trajectories/swe-agent"),), str(shared_data / "tokenizers/mistral"), heldout=0.2, heldout_rows=1)
-    model = config.override(MODEL, ["vocab_size=32768", "attention_chunk=256"])
+    model = config.override(small_model, ["vocab_size=32768", "attention_chunk=256"])
     sft = SftConfig(
         steps=2, rows=1, max_length=16384, policy="split", optimizer=bind(optim.muon, learning_rate=0.02), loss_tile=256, vocab_block=4096
     )
