@@ -44,6 +44,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     _refuse_another_run(cfg, workdir)
     entry = provenance.collect(words, getattr(cfg, "seed", None))
 
+    first = not (workdir / "config.py").exists()
     config.save(cfg, workdir / "config.py")
     provenance.start(workdir, entry)
     try:
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
+        if first and isinstance(error, _user_errors()):
+            _take_back(workdir)
         raise
     provenance.finish(workdir, "finished")
     return 0
@@ -99,6 +102,17 @@ def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise config.ConfigError(f"{workdir}: holds a run of another config ({'; '.join(lines[:3])}{more}); choose another --workdir")
+
+
+def _take_back(workdir: pathlib.Path) -> None:
+    """Removes a run that a mistake stopped before it had written anything, so that the corrected command may use its folder."""
+    from a1jax import provenance
+
+    if any(path.name not in ("config.py", provenance.FILE) and path.stat().st_size for path in workdir.rglob("*") if path.is_file()):
+        return
+    for path in sorted(workdir.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    workdir.rmdir()
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -34,6 +34,9 @@ class Experiment:
 
 def work(cfg, workdir, fail=""):
     assert (workdir / "config.py").exists() and (workdir / "run.json").exists()
+    if fail == "early":
+        (workdir / "metrics.jsonl").touch()
+        raise ConfigError("no such data")
     with open(workdir / "out.txt", "a") as file:
         file.write(f"{cfg.steps} {cfg.rate}\\n")
     if fail == "config":
@@ -155,6 +158,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(here, capsys, argv, part):
     before = _files(here)
     assert part in _refused(capsys, "run", *argv)
     assert _files(here) == before and not (here / "runs").exists()
+
+
+def test_a_mistake_found_before_anything_was_written_leaves_the_folder_free(here, capsys):
+    assert "no such data" in _refused(capsys, "run", "exp.py", "--workdir", "a", "--set", "main.fail=early")
+    assert not pathlib.Path("a").exists()
+    assert main.main(["run", "exp.py", "--workdir", "a"]) == 0  # the corrected command
+    (pathlib.Path("a") / "config.py").rename("kept.py")
+    _refused(capsys, "run", "exp.py", "--workdir", "a", "--set", "main.fail=early")
+    assert (pathlib.Path("a") / "out.txt").exists()  # work of others is never removed
 
 
 def test_errors_of_the_run_itself(here, capsys):

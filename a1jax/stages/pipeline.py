@@ -73,12 +73,13 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
+    mesh = make_mesh(cfg.mesh)  # first, as it can refuse: nothing has been written then
     tokenizer = open_tokenizer(cfg, workdir)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
         )
-    return Setting(cfg.model, tokenizer, cfg.domains, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
+    return Setting(cfg.model, tokenizer, cfg.domains, mesh, workdir, writer, cfg.seed)
 
 
 def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokenizer:

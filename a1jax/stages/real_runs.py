@@ -92,7 +92,7 @@ def heldout_loss(params: Params, batch: Batch, model: ModelConfig, block: int) -
 
 def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     """Statistics, packing, training and the held-out loss; returns {"first", "last", "fall", "efficiency"}. Resumable."""
-    workdir = pathlib.Path(workdir)
+    workdir, mesh = pathlib.Path(workdir), make_mesh(cfg.mesh)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
@@ -104,7 +104,7 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     print(source.summary["statistics"])
     train_part, heldout = split(source, cfg.data.heldout, cfg.seed)
     with metrics.Writer(workdir) as writer:
-        setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, make_mesh(cfg.mesh), workdir, writer, cfg.seed)
+        setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, mesh, workdir, writer, cfg.seed)
         loader = batches.loader(
             train_part,
             batch_size=cfg.sft.rows,
