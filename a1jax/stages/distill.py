@@ -11,11 +11,13 @@ import dataclasses
 import functools
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .. import optim, train
 from ..config import Binding, ConfigError, bind
@@ -27,7 +29,7 @@ from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import ABORTED, Batch, Metrics, Params, Rollout, TrainState
 from . import experts
-from .setting import Setting
+from .setting import Setting, train_stage
 from .sft import router_metrics
 
 
@@ -159,36 +161,16 @@ def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
 
 def run(cfg: DistillConfig, params: Params, teachers: dict[str, Params], setting: Setting, stage: str = "distill") -> Params:
     """Distil the teachers (domain -> parameters, same architecture and tokenizer) into the student ``params``. Resumable at every step."""
-    done = setting.finished(stage)
-    if done is not None:
-        return done
     missing = [d for d in setting.domains if d not in teachers]
     if missing:
         raise ConfigError(f"distill: no teacher for domain {missing[0]}; teachers are {', '.join(sorted(teachers))}")
-    began = time.perf_counter()
-    tx = cfg.optimizer(setting.specs, cfg.steps)
-    with setting.on_mesh():
-        engine = Engine(setting.model, setting.tokenizer, cfg.limits)
-        step = jax.jit(
-            train.make_train_step(
-                functools.partial(loss, model=setting.model, cfg=cfg),
-                tx,
-                cfg.microbatches,
-                functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction),
-                finish,
-            ),
-            donate_argnums=(0,),
-        )
-        state = train.fit(
-            train.init_state(params, tx, setting.seed),
-            step,
-            OnPolicy(cfg, setting, engine, teachers),
-            steps=cfg.steps,
-            stage=stage,
-            directory=setting.directory(stage) / "checkpoints",
-            writer=setting.writer,
-            save_every=cfg.save_every,
-            keep=cfg.keep,
-            log_every=cfg.log_every,
-        )
-        return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})
+
+    def make_step(tx: optax.GradientTransformation) -> Callable:
+        loss_fn = functools.partial(loss, model=setting.model, cfg=cfg)
+        weigh_fn = functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction)
+        return jax.jit(train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish), donate_argnums=(0,))
+
+    def make_source() -> OnPolicy:
+        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), teachers)
+
+    return train_stage(setting, cfg, params, stage, make_step, make_source)

@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from .. import checkpoint, metrics, sharding
+from .. import checkpoint, metrics, sharding, train
 from .. import params as param_specs
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer
@@ -83,6 +86,41 @@ class Setting:
 
     def facts(self, stage: str) -> dict:
         return json.loads((self.directory(stage) / "done.json").read_text())
+
+
+def train_stage(
+    setting: Setting,
+    cfg: Any,
+    params: Params,
+    stage: str,
+    make_step: Callable[[optax.GradientTransformation], Callable],
+    make_source: Callable[[], train.Source],
+    **probing: Any,
+) -> Params:
+    """What every stage does: nothing when it is finished, else train from ``params`` (or go on), store and return the result.
+
+    cfg: has optimizer, steps, save_every, keep, log_every. make_step(tx): the jitted step. probing: see train.fit.
+    """
+    done = setting.finished(stage)
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    tx = cfg.optimizer(setting.specs, cfg.steps)
+    with setting.on_mesh():
+        state = train.fit(
+            train.init_state(params, tx, setting.seed),
+            make_step(tx),
+            make_source(),
+            steps=cfg.steps,
+            stage=stage,
+            directory=setting.directory(stage) / "checkpoints",
+            writer=setting.writer,
+            save_every=cfg.save_every,
+            keep=cfg.keep,
+            log_every=cfg.log_every,
+            **probing,
+        )
+        return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})
 
 
 def make_mesh(cfg: MeshConfig) -> Mesh | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .. import optim, train
 from ..config import Binding, ConfigError, bind
@@ -20,7 +20,7 @@ from ..losses import cross_entropy, masked
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..types import Batch, Metrics, Params, TrainState
-from .setting import Setting
+from .setting import Setting, train_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,26 +165,10 @@ def run(
     probe_every: int = 1,
 ) -> Params:
     """Train on the batches of ``source``, starting from ``params``; resumable; returns the new parameters. probe: see train.fit."""
-    done = setting.finished(stage)
-    if done is not None:
-        return done
-    began = time.perf_counter()
-    tx = cfg.optimizer(setting.specs, cfg.steps)
-    with setting.on_mesh():
+
+    def make_step(tx: optax.GradientTransformation) -> Callable:
+        del tx  # equal programs share one compiled step, whatever the rates in tx's state
         program = optim.program(cfg.optimizer)
-        step = jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
-        state = train.fit(
-            train.init_state(params, tx, setting.seed),
-            step,
-            source,
-            steps=cfg.steps,
-            stage=stage,
-            directory=setting.directory(stage) / "checkpoints",
-            writer=setting.writer,
-            save_every=cfg.save_every,
-            keep=cfg.keep,
-            log_every=cfg.log_every,
-            probe=probe,
-            probe_every=probe_every,
-        )
-        return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})
+        return jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
+
+    return train_stage(setting, cfg, params, stage, make_step, lambda: source, probe=probe, probe_every=probe_every)
