@@ -109,7 +109,7 @@ def muon(
     """Muon on the matrices of every layer and expert, Adam on everything else; cosine with warm-up, global-norm clip.
 
     learning_rate: peak for matrices; table_learning_rate: peak for embeddings, taps, gates, norms and the router.
-    Small models learn the embedded domains with it in half the tokens AdamW needs (optax.contrib.muon; Jordan et al. 2024).
+    The quickstart trains with it (optax.contrib.muon; Jordan et al. 2024).
     """
     numbers = jax.tree.map(lambda s: MuonDimensionNumbers(len(s.axes) - 2, len(s.axes) - 1) if is_matrix(s) else None, specs)
     return optax.chain(

@@ -2,7 +2,8 @@
 
     a1jax run experiments/real_trajectories.py --set data.paths='["../shared/data/trajectories"]'
 
-Measured: 7 min 20 s on 2 CPU cores (Intel Xeon, shared), jax 0.10.2, seed 0, commit dce9c8c, one row held out (39 runs held out in all):
+Measured: 7 min 20 s on 2 CPU cores (Intel Xeon, shared), jax 0.10.2, seed 0, on the tree then committed as dce9c8c
+(run.json: 3e9fe513d6 with uncommitted changes), with data.heldout_rows=1, since then the default (39 runs held out in all):
 
     source     runs   mean  median     p95     max     tokens  supervised  skipped
     ---------  ----  -----  ------  ------  ------  ---------  ----------  -------

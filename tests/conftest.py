@@ -50,3 +50,22 @@ def small_model():
 
     width = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "expert_width": 8, "shared_expert_width": 8}
     return models.tiny(vocab_size=640, d_model=16, num_experts=2, **width)
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that any equation makes, in loops, branches and custom gradients too."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    sizes.append(largest_array(inner))
+    return max(sizes)
+
+
+@pytest.fixture(scope="session")
+def largest():
+    """largest(jaxpr): see ``largest_array``."""
+    return largest_array

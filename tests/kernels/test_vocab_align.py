@@ -31,19 +31,6 @@ def float64(function, *args):
         return jax.tree.map(np.asarray, jax.jit(function)(*(jnp.asarray(np.asarray(a), jnp.float64) for a in args)))
 
 
-def largest(jaxpr) -> int:
-    """Elements of the largest array that any equation makes, in loops, branches and custom gradients too."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    sizes.append(largest(inner))
-    return max(sizes)
-
-
 @pytest.mark.parametrize(("block", "k"), [(1, 5), (8, 1), (8, 103), (102, 5), (4096, 103)])
 def test_topk_equals_the_dense_form(block, k):
     hidden, unembed = arrays()
@@ -169,7 +156,7 @@ def test_bfloat16_inputs_are_summed_in_float32():
     assert [values.dtype, best.dtype, grads[0].dtype, grads[1].dtype] == [jnp.float32, jnp.int32, jnp.bfloat16, jnp.bfloat16]
 
 
-def test_no_array_of_all_tokens_over_all_ids():
+def test_no_array_of_all_tokens_over_all_ids(largest):
     hidden, unembed = arrays(tokens=512, vocab=2100, width=8)
     ids = jnp.zeros((512, 16), jnp.int32)
     limit = 512 * 2100 // 4

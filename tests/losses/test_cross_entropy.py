@@ -49,19 +49,6 @@ def close(got, expected, tolerance=1e-4):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-def largest(jaxpr) -> int:
-    """Elements of the largest array that any equation makes, in loops, branches and custom gradients too."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    sizes.append(largest(inner))
-    return max(sizes)
-
-
 @pytest.mark.parametrize(("block", "tile"), [(20, None), (103, None), (20, 16), (102, 7), (4096, 1000)])
 def test_equals_the_dense_form(block, tile):
     (loss, metrics), grads = ours(block, tile)(*arrays())
@@ -142,7 +129,7 @@ def test_the_cotangent_scales_the_gradient():
 
 
 @pytest.mark.parametrize("tile", [None, 64])
-def test_no_array_of_all_tokens_over_all_ids(tile):
+def test_no_array_of_all_tokens_over_all_ids(largest, tile):
     batch = arrays(tokens=512, vocab=2100, width=8)
 
     def run(*batch):

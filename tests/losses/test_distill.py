@@ -58,19 +58,6 @@ def close(got, expected, tolerance=1e-4):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-def largest(jaxpr) -> int:
-    """Elements of the largest array that any equation makes, in loops, branches and custom gradients too."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    sizes.append(largest(inner))
-    return max(sizes)
-
-
 @pytest.mark.parametrize("mode", ["salient", "tail", "full"])
 def test_value_and_gradient_equal_the_dense_form(mode):
     (loss, metrics), grads = ours(mode)(*arrays())
@@ -232,7 +219,7 @@ def test_a_place_no_id_takes_counts_nothing():
 
 
 @pytest.mark.parametrize("mode", ["salient", "tail", "full"])
-def test_no_array_of_all_tokens_over_all_ids(mode):
+def test_no_array_of_all_tokens_over_all_ids(largest, mode):
     batch = arrays(tokens=512, vocab=2100)
     run = ours(mode, 16, 64)
     assert largest(jax.make_jaxpr(run)(*batch).jaxpr) < 512 * 2100 // 8
@@ -241,7 +228,7 @@ def test_no_array_of_all_tokens_over_all_ids(mode):
     assert run.lower(*batch).compile().memory_analysis().temp_size_in_bytes < 4 * 512 * 2100 // 2
 
 
-def test_without_coverage_the_vocabulary_is_not_walked():
+def test_without_coverage_the_vocabulary_is_not_walked(largest):
     sh, sw, th, tw, weights = arrays()
     targets = TARGETS(th, tw, K, 16)
     for coverage in (True, False):
