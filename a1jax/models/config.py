@@ -16,6 +16,7 @@ CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
+LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,9 @@ class ModelConfig:
 
     vocab_size: int = 248_320  # ids; rows of the embedding and of the unembedding
     d_model: int = 2048  # width of the residual stream
-    num_layers: int = 40  # a multiple of full_attention_interval
+    num_layers: int = 40  # layers, each a mixer (gated delta net or full attention) and a mixture of experts
     full_attention_interval: int = 4  # every n-th layer is full attention, the others are gated delta nets; 1: attention only
+    layer_types: tuple[str, ...] = ()  # "linear_attention" or "full_attention" per layer, any pattern; (): by full_attention_interval
     num_heads: int = 16  # query heads of full attention
     num_kv_heads: int = 2  # key/value heads; divides num_heads; the cache grows with it
     head_dim: int = 256  # width of one attention head
@@ -65,11 +67,14 @@ class ModelConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"ModelConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        for whole, part in (
-            ("num_layers", "full_attention_interval"),
-            ("num_heads", "num_kv_heads"),
-            ("linear_num_value_heads", "linear_num_key_heads"),
-        ):
+        for kind in self.layer_types:
+            if kind not in LAYER_TYPES:
+                raise ConfigError(f"ModelConfig.layer_types has {kind!r}: choose from {', '.join(LAYER_TYPES)}")
+        if self.layer_types and len(self.layer_types) != self.num_layers:
+            raise ConfigError(
+                f"ModelConfig.layer_types has {len(self.layer_types)} entries: give one for each of num_layers = {self.num_layers}"
+            )
+        for whole, part in (("num_heads", "num_kv_heads"), ("linear_num_value_heads", "linear_num_key_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"ModelConfig.{whole} is {getattr(self, whole)}: make it a multiple of {part} = {getattr(self, part)}")
         if self.num_experts_active > self.num_experts:
@@ -83,8 +88,15 @@ class ModelConfig:
             raise ConfigError(f"ModelConfig.rotary_fraction is {self.rotary_fraction}: {width} must be even and above 0")
 
     @property
+    def block_layers(self) -> int:
+        """Layers per block: the shortest pattern of layer types that, repeated, gives the whole model. Blocks are scanned over."""
+        kinds = [self.is_full_attention(i) for i in range(self.num_layers)]
+        fits = (n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0)
+        return next(n for n in fits if kinds == kinds[:n] * (self.num_layers // n))
+
+    @property
     def num_blocks(self) -> int:
-        return self.num_layers // self.full_attention_interval
+        return self.num_layers // self.block_layers
 
     @property
     def rotary_dim(self) -> int:
@@ -103,6 +115,8 @@ class ModelConfig:
         return jnp.dtype(self.compute_dtype)
 
     def is_full_attention(self, layer: int) -> bool:
+        if self.layer_types:
+            return self.layer_types[layer] == "full_attention"
         return (layer + 1) % self.full_attention_interval == 0
 
 

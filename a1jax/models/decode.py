@@ -45,7 +45,7 @@ def step(
     x = embed(params["embed_tokens"], tokens, cfg)
     layers = []
     for i, layer_cache in enumerate(cache["layers"]):
-        n, j = divmod(i, cfg.full_attention_interval)
+        n, j = divmod(i, cfg.block_layers)
         p = jax.tree.map(lambda w, n=n: w[n], params["blocks"][str(j)])
         h = rms_norm(x, p["input_layernorm"], cfg.norm_eps)
         if cfg.is_full_attention(i):

@@ -7,6 +7,8 @@ pairs inside a chunk, and the state a chunk starts from is read and kept only by
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
@@ -92,7 +94,21 @@ def _inverse_backward(inverse, cotangent):
 unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def delta_rule(
+class Chunks(NamedTuple):
+    """The delta rule, chunk by chunk, as maps of the state S that a chunk starts from. [N, B, H, rows, columns] each, float32.
+
+    new = written - erased @ S; out = read @ S + within @ new; next S = carried * S + kept @ new.
+    """
+
+    written: Float32[Array, "N B H C DV"]
+    erased: Float32[Array, "N B H C DK"]
+    read: Float32[Array, "N B H C DK"]
+    within: Float32[Array, "N B H C C"]
+    kept: Float32[Array, "N B H DK C"]
+    carried: Float32[Array, "N B H 1 1"]
+
+
+def prepare(
     q: Float32[Array, "B T HK DK"],
     k: Float32[Array, "B T HK DK"],
     v: Float32[Array, "B T H DV"],
@@ -100,11 +116,11 @@ def delta_rule(
     beta: Float32[Array, "B T H"],
     runs: Int[Array, "B T"],
     chunk: int,
-) -> Float32[Array, "B T H DV"]:
-    """The gated delta rule in chunks, float32, state zero at the start of every run.
+    open_run: Int[Array, " B"] | None = None,
+) -> Chunks:
+    """Everything that no state is needed for. T is padded up to a multiple of chunk, a power of two; padding leaves the state alone.
 
-    q, k [B, T, key heads, key dim], v [B, T, H, value dim], g, beta [B, T, H], runs int32 [B, T] -> [B, T, H, value dim].
-    Value heads h of one key head are consecutive. chunk: a power of two; T is padded up to a multiple of it.
+    open_run int32 [B]: the run that the state before the first token belongs to; only tokens of that run see it. None: nobody does.
     """
     b, t, heads, _ = v.shape
     repeat = heads // k.shape[2]
@@ -119,9 +135,10 @@ def delta_rule(
         return x if repeat == 1 else jnp.repeat(x, repeat, axis=2)
 
     q, k, v, g, beta = chunks(q), chunks(k), chunks(v), chunks(g), chunks(beta)
-    padded = jnp.pad(runs, ((0, 0), (0, extra)), constant_values=-1)  # padding is a run of its own
+    padded = jnp.pad(runs, ((0, 0), (0, extra)), mode="edge")  # decay 1, strength 0, key 0: the last run goes on unchanged
     runs = jnp.moveaxis(padded.reshape(b, n, chunk), 1, 0)[:, :, None]  # [N, B, 1, C]
-    before = jnp.concatenate([jnp.full_like(runs[:1, ..., -1:], -2), runs[:-1, ..., -1:]])  # run open at the chunk's start
+    first = jnp.full_like(runs[:1, ..., -1:], -2) if open_run is None else open_run[None, :, None, None]
+    before = jnp.concatenate([first, runs[:-1, ..., -1:]])  # run open at the chunk's start
     is_open = (runs == before).astype(jnp.float32)
 
     lower = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
@@ -133,21 +150,48 @@ def delta_rule(
     within = per_head(q @ keys_t) * pair
     q, k = per_head(q), per_head(k)
     from_state = (jnp.exp(total) * is_open)[..., None]
-    written = inverse @ (v * beta[..., None])
-    erased = inverse @ (k * (beta[..., None] * from_state))
-    read = q * from_state
-    kept = jnp.swapaxes(k * pair[..., -1, :, None], -1, -2)  # the last row of pair: decay to the chunk's end, 0 for closed runs
-    carried = from_state[..., -1:, :]
+    return Chunks(
+        written=inverse @ (v * beta[..., None]),
+        erased=inverse @ (k * (beta[..., None] * from_state)),
+        read=q * from_state,
+        within=within,
+        kept=jnp.swapaxes(k * pair[..., -1, :, None], -1, -2),  # the last row of pair: decay to the chunk's end, 0 for closed runs
+        carried=from_state[..., -1:, :],
+    )
 
-    def step(state, xs):
-        written, erased, read, within, kept, carried = xs
-        new = written - erased @ state
-        return carried * state + kept @ new, read @ state + within @ new
 
-    state = jnp.zeros((b, heads, k.shape[-1], v.shape[-1]), jnp.float32)
-    _, out = jax.lax.scan(step, state, (written, erased, read, within, kept, carried))
+def play(chunks: Chunks, state: Float32[Array, "B H DK DV"]) -> tuple[Float32[Array, "B H DK DV"], Float32[Array, "N B H C DV"]]:
+    """The chunks in their order, from a state: (state after the last, outputs)."""
+
+    def step(state, c: Chunks):
+        new = c.written - c.erased @ state
+        return c.carried * state + c.kept @ new, c.read @ state + c.within @ new
+
+    return jax.lax.scan(step, state, chunks)
+
+
+def delta_rule(
+    q: Float32[Array, "B T HK DK"],
+    k: Float32[Array, "B T HK DK"],
+    v: Float32[Array, "B T H DV"],
+    g: Float32[Array, "B T H"],
+    beta: Float32[Array, "B T H"],
+    runs: Int[Array, "B T"],
+    chunk: int,
+    state: Float32[Array, "B H DK DV"] | None = None,
+    open_run: Int[Array, " B"] | None = None,
+) -> tuple[Float32[Array, "B T H DV"], Float32[Array, "B H DK DV"]]:
+    """The gated delta rule in chunks, float32, state zero at the start of every run: (out [B, T, H, value dim], state after T).
+
+    q, k [B, T, key heads, key dim], v [B, T, H, value dim], g, beta [B, T, H], runs int32 [B, T]. Value heads h of one key head are
+    consecutive. state and open_run: what went before, for tokens of the run numbered open_run [B]; None: nothing did.
+    """
+    b, t, heads, _ = v.shape
+    if state is None:
+        state = jnp.zeros((b, heads, k.shape[-1], v.shape[-1]), jnp.float32)
+    state, out = play(prepare(q, k, v, g, beta, runs, chunk, open_run), state)
     out = jnp.moveaxis(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, N, C, H, value dim]
-    return out.reshape(b, n * chunk, heads, -1)[:, :t]
+    return out.reshape(b, -1, heads, out.shape[-1])[:, :t], state
 
 
 def output(p: dict, out: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -164,7 +208,7 @@ def apply(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: Model
     g, beta = gates(p, x)
     v = constrain(v, "batch", "length", "linear_heads", None)  # q and k follow: they may have fewer heads than there are devices
     with jax.named_scope("delta_rule"):
-        out = delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)
+        out, _ = delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)
     return output(p, out, x, cfg)
 
 

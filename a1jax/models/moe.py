@@ -39,7 +39,7 @@ def specs(cfg: ModelConfig) -> dict:
     }
 
 
-def route(logits: Float32[Array, "T E"], active: int) -> Float32[Array, "T E"]:
+def route(logits: Float32[Array, "*lead E"], active: int) -> Float32[Array, "*lead E"]:
     """Router weights of float32 logits: the softmax on its `active` largest entries, renormalised, 0 elsewhere.
 
     Ties go to the lower index, as in jax.lax.top_k. Counting the larger entries costs E^2 comparisons but no sort and no scatter in
@@ -132,25 +132,36 @@ def experts_ragged(
     return jnp.sum(y * weight[..., None].astype(y.dtype), axis=1)
 
 
-def experts_local(x, weights, gate_up, down, cfg: ModelConfig) -> jax.Array:
+def experts_local(
+    x: Float[Array, "B T D"],
+    weights: Float32[Array, "B T E"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    cfg: ModelConfig,
+) -> Float[Array, "B T D"]:
+    """The routed experts here: x [B, T, D], weights [B, T, E] -> [B, T, D], by the form that cfg.moe names."""
+    flat, per_token = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
     if cfg.moe == "dense":
-        return experts_dense(x, weights, gate_up, down)
-    return experts_ragged(x, weights, gate_up, down, min(cfg.num_experts_active, down.shape[0]))
+        return experts_dense(flat, per_token, gate_up, down).reshape(x.shape)
+    return experts_ragged(flat, per_token, gate_up, down, min(cfg.num_experts_active, down.shape[0])).reshape(x.shape)
 
 
 def experts_sharded(
-    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], cfg: ModelConfig
-) -> Float[Array, "T D"]:
-    """experts_local over the mesh: x [T, D] and weights [T, E] cut over the data axes, experts over RULES["experts"].
+    x: Float[Array, "B T D"],
+    weights: Float32[Array, "B T E"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    cfg: ModelConfig,
+) -> Float[Array, "B T D"]:
+    """experts_local over the mesh: x [B, T, D] and weights [B, T, E] cut over the data axes, experts over RULES["experts"].
 
     Tokens and their weights are gathered over the axes that cut both tokens and experts, and outputs summed and scattered back over
     them; an axis that cuts experts only (tensor) sums. Expert weights never move.
     """
-    rows, owners = mesh_axes("batch"), mesh_axes("experts")
+    rows, columns, owners = mesh_axes("batch"), mesh_axes("length"), mesh_axes("experts")
     gathered = tuple(axis for axis in rows if axis in owners)
     summed = tuple(axis for axis in owners if axis not in rows)
-
-    replicated = tuple(axis for axis in rows if axis not in owners)  # expert weights are copied over these (data)
+    replicated = tuple(axis for axis in (*rows, *columns) if axis not in owners)  # expert weights are copied over these
 
     def local(x, weights, gate_up, down):
         # A custom gradient does not sum over the devices that share its argument; the gradient of this cast does.
@@ -163,14 +174,14 @@ def experts_sharded(
         first = jnp.int32(0)
         for axis in owners:
             first = first * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-        weights = jax.lax.dynamic_slice_in_dim(weights, first * down.shape[0], down.shape[0], axis=1)
+        weights = jax.lax.dynamic_slice_in_dim(weights, first * down.shape[0], down.shape[0], axis=2)
         y = experts_local(x, weights, gate_up, down, cfg)
         y = jax.lax.psum(y, summed) if summed else y
         for axis in gathered:
             y = jax.lax.psum_scatter(y, axis, tiled=True)
         return y
 
-    tokens, experts = P(rows or None), P(owners or None)
+    tokens, experts = P(rows or None, columns or None), P(owners or None)
     return jax.shard_map(local, in_specs=(tokens, tokens, experts, experts), out_specs=tokens)(x, weights, gate_up, down)
 
 
@@ -178,24 +189,23 @@ def apply(
     p: dict, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], cfg: ModelConfig
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
     """x [B, T, D], valid bool [B, T] (False: padding, not counted) -> (out [B, T, D], router statistics of router_statistics)."""
-    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     with jax.named_scope("router"):
         # float32: two experts a rounding apart would swap between rollout and training
-        logits = flat.astype(jnp.float32) @ p["gate"].astype(jnp.float32)
+        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), p["gate"].astype(jnp.float32))
         weights = route(logits, cfg.num_experts_active)
-        aux = router_statistics(logits, weights, valid.reshape(-1))
+        aux = router_statistics(logits, weights, valid)
     with jax.named_scope("experts"):
         run = experts_sharded if is_sharded() else experts_local
-        out = run(flat, weights, *(p["experts"][name].astype(x.dtype) for name in ("gate_up_proj", "down_proj")), cfg)
+        out = run(x, weights, *(p["experts"][name].astype(x.dtype) for name in ("gate_up_proj", "down_proj")), cfg)
     with jax.named_scope("shared_expert"):
         shared = p["shared_expert"]
-        h = linear(silu(linear(flat, shared["gate_proj"])) * linear(flat, shared["up_proj"]), shared["down_proj"])
-        out = out + jax.nn.sigmoid(linear(flat, p["shared_expert_gate"])) * h
-    return out.reshape(*lead, -1), aux
+        h = linear(silu(linear(x, shared["gate_proj"])) * linear(x, shared["up_proj"]), shared["down_proj"])
+        out = out + jax.nn.sigmoid(linear(x, p["shared_expert_gate"])) * h
+    return out, aux
 
 
-def router_statistics(logits: Float32[Array, "T E"], weights: Float32[Array, "T E"], valid: Bool[Array, " T"]) -> dict[str, jax.Array]:
-    """Of logits and weights [T, E] over the valid tokens [T]:
+def router_statistics(logits: Float32[Array, "B T E"], weights: Float32[Array, "B T E"], valid: Bool[Array, "B T"]) -> dict[str, jax.Array]:
+    """Of logits and weights [B, T, E] over the valid tokens [B, T]:
 
     load_balance: E * sum_e (pairs of e / tokens) * (mean probability of e), arXiv 2101.03961 eq. 4 with the reference's scale (A when
     balanced); z: mean logsumexp^2 (arXiv 2202.08906); load [E]: share of pairs per expert, 1 / E when balanced; entropy: mean, nats.
@@ -204,11 +214,14 @@ def router_statistics(logits: Float32[Array, "T E"], weights: Float32[Array, "T 
     tokens = jnp.maximum(jnp.sum(valid), 1.0)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(log_probs)
-    pairs = valid @ (weights > 0).astype(jnp.float32) / tokens
-    entropy = -jnp.sum(probs * log_probs, axis=-1)
+
+    def mean(x):
+        return jnp.tensordot(valid, x, axes=2) / tokens
+
+    pairs = mean((weights > 0).astype(jnp.float32))
     return {
-        "load_balance": logits.shape[-1] * jnp.sum(pairs * (valid @ probs / tokens)),
-        "z": valid @ jax.nn.logsumexp(logits, axis=-1) ** 2 / tokens,
+        "load_balance": logits.shape[-1] * jnp.sum(pairs * mean(probs)),
+        "z": mean(jax.nn.logsumexp(logits, axis=-1) ** 2),
         "load": pairs / jnp.maximum(jnp.sum(pairs), 1e-9),
-        "entropy": valid @ entropy / tokens,
+        "entropy": mean(-jnp.sum(probs * log_probs, axis=-1)),
     }

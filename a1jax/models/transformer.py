@@ -3,7 +3,7 @@
 Parameters (HF names in brackets; HF linear weights are [out, in], ours (in, out)):
 
     embed_tokens [V, D]                       [model.embed_tokens.weight]
-    blocks.<j>.<name>  leaf [N, ...]          [model.layers.<n * interval + j>.<name>]; j in 0 .. interval - 1, the last is attention
+    blocks.<j>.<name>  leaf [N, ...]          [model.layers.<n * cfg.block_layers + j>.<name>]; j in 0 .. cfg.block_layers - 1
         input_layernorm, post_attention_layernorm [D]; linear_attn.* or self_attn.*; mlp.*: see specs() of those modules
     norm [D]                                  [model.norm.weight]
     lm_head [V, D], only when not tied        [lm_head.weight]
@@ -25,7 +25,7 @@ from a1jax.sharding import constrain
 def specs(cfg: ModelConfig) -> dict:
     """Tree of ParamSpec for params.init, abstract, shardings and count."""
     table = ParamSpec((cfg.vocab_size, cfg.d_model), ("vocab", "embed"), normal(cfg.init_std or cfg.d_model**-0.5), cfg.param_dtype)
-    blocks = {str(j): stack(layer_specs(cfg, cfg.is_full_attention(j)), cfg.num_blocks) for j in range(cfg.full_attention_interval)}
+    blocks = {str(j): stack(layer_specs(cfg, cfg.is_full_attention(j)), cfg.num_blocks) for j in range(cfg.block_layers)}
     tree = {"embed_tokens": table, "blocks": blocks, "norm": norm_weight(cfg, cfg.d_model)}
     return tree if cfg.tie_embeddings else {**tree, "lm_head": table}
 
@@ -84,9 +84,9 @@ def apply_block(
     sin: Float[Array, "B T half"],
     cfg: ModelConfig,
 ) -> tuple[Float[Array, "B T D"], dict]:
-    """One block of full_attention_interval layers: x [B, T, D] -> (x, router statistics, [interval, ...] each)."""
+    """One block of cfg.block_layers layers: x [B, T, D] -> (x, router statistics, [block_layers, ...] each)."""
     statistics = []
-    for j in range(cfg.full_attention_interval):
+    for j in range(cfg.block_layers):
         layer = p[str(j)]
         with jax.named_scope(f"layer{j}"):
             h = rms_norm(x, layer["input_layernorm"], cfg.norm_eps)
@@ -104,7 +104,7 @@ def apply_block(
 
 
 def summarise(statistics: dict, cfg: ModelConfig) -> dict:
-    """Router statistics, leaves [N, interval, ...] -> the aux of apply()."""
+    """Router statistics, leaves [N, block_layers, ...] -> the aux of apply()."""
     means = {f"router/{name}": jnp.mean(statistics[name]) for name in ("load_balance", "z", "entropy")}
     load = statistics["load"].reshape(cfg.num_layers, cfg.num_experts)
     loss = cfg.load_balance_coef * means["router/load_balance"] + cfg.z_loss_coef * means["router/z"]
@@ -116,7 +116,14 @@ def unembed(params: dict, cfg: ModelConfig) -> jax.Array:
     return params["embed_tokens" if cfg.tie_embeddings else "lm_head"]
 
 
-def logits(params: dict, hidden: Float[Array, "*lead D"], cfg: ModelConfig) -> Float[Array, "*lead V"]:
-    """float32 [..., V] of hidden [..., D]. Large: ask for it on the rows that need it only."""
+def head(params: dict, hidden: Float[Array, "*lead D"], cfg: ModelConfig) -> Float[Array, "*lead V"]:
+    """Logits float32 [..., V] of hidden [..., D]. Large: ask for it on the rows that need it only."""
     table = unembed(params, cfg).astype(hidden.dtype)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
+def logits(
+    params: dict, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cfg: ModelConfig
+) -> Float[Array, "B T V"]:
+    """Logits float32 [B, T, V] of every position: for looking at a model. Losses take hidden states and ``unembed`` instead."""
+    return head(params, apply(params, tokens, positions, segment_ids, cfg)[0], cfg)

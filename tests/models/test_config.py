@@ -10,7 +10,8 @@ from a1jax.models.config import NAMED, ModelConfig, qwen3_5_35b_a3b, tiny
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 3}, "num_layers is 3: make it a multiple of full_attention_interval = 2"),
+        ({"layer_types": ("full_attention",)}, "layer_types has 1 entries: give one for each of num_layers = 2"),
+        ({"layer_types": ("full_attention", "window")}, "layer_types has 'window': choose from linear_attention, full_attention"),
         ({"num_heads": 3}, "num_heads is 3: make it a multiple of num_kv_heads = 2"),
         ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3"),
         ({"num_experts_active": 9}, "num_experts_active is 9: at most num_experts = 8"),

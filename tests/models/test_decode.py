@@ -50,7 +50,7 @@ def test_steps_equal_the_full_forward_with_resets_and_rests(played, weights, hid
     for b in range(SLOTS):
         times = np.flatnonzero(active[:, b])
         pair = outs[times, b], full[b, : len(times)]
-        got, expected = (jax.nn.log_softmax(transformer.logits(weights, jnp.asarray(x), cfg)) for x in pair)
+        got, expected = (jax.nn.log_softmax(transformer.head(weights, jnp.asarray(x), cfg)) for x in pair)
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 

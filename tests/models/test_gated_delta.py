@@ -38,7 +38,7 @@ def naive(q, k, v, g, beta):
 
 @functools.partial(jit, static_argnums=0)
 def value_and_gradients(chunk, cotangent, *arguments):
-    out, pull = jax.vjp(lambda *a: gated_delta.delta_rule(*a, jnp.asarray(RUNS), chunk), *arguments)
+    out, pull = jax.vjp(lambda *a: gated_delta.delta_rule(*a, jnp.asarray(RUNS), chunk)[0], *arguments)
     return pull(cotangent), out
 
 

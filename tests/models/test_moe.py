@@ -130,18 +130,18 @@ statistics_of = jit(moe.router_statistics)
 
 def test_statistics_by_hand_without_padding():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])) + jnp.array([[0.0], [1.0], [5.0]])
-    statistics = statistics_of(logits, moe.route(logits, 1), jnp.array([True, True, False]))
+    statistics = statistics_of(logits[None], moe.route(logits, 1)[None], jnp.array([[True, True, False]]))
     assert statistics["load_balance"] == pytest.approx(3 * (0.5 * 0.3 + 0.5 * 0.45), rel=1e-5)
     assert statistics["z"] == pytest.approx((0 + 1) / 2, abs=1e-5)
     np.testing.assert_allclose(statistics["load"], [0.5, 0.5, 0.0], rtol=1e-6)
     expected = -np.mean([np.sum(p * np.log(p)) for p in np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])])
     assert statistics["entropy"] == pytest.approx(expected, rel=1e-5)
-    nothing = statistics_of(logits, moe.route(logits, 1), jnp.zeros(3, bool))
+    nothing = statistics_of(logits[None], moe.route(logits, 1)[None], jnp.zeros((1, 3), bool))
     assert all(np.all(value == 0) for value in nothing.values())
 
 
 def test_balanced_routing_has_a_loss_of_the_active_experts():
     logits = 1e-3 * jnp.eye(4)  # every expert chosen equally often
     logits = jnp.concatenate([logits + jnp.roll(logits, 1, axis=1)])
-    statistics = statistics_of(logits, moe.route(logits, 2), jnp.ones(4, bool))
+    statistics = statistics_of(logits[None], moe.route(logits, 2)[None], jnp.ones((1, 4), bool))
     assert statistics["load_balance"] == pytest.approx(2, rel=1e-4)

@@ -22,7 +22,7 @@ def tokens():
 def loss(p, tokens, positions, segments, weight, router, cfg):
     """Logits of every position, weighted, and the router losses times `router`."""
     hidden, aux = transformer.apply(p, tokens, positions, segments, cfg)
-    logits = transformer.logits(p, hidden, cfg)
+    logits = transformer.head(p, hidden, cfg)
     per_token = jnp.sum(jnp.sin(logits) * jnp.arange(160.0)[None, None] / 160, axis=-1)
     return jnp.sum(per_token * weight) + router * aux["loss"], (logits, aux)
 
@@ -156,5 +156,5 @@ def test_bfloat16_stays_near_float32(free, one_device, hidden, untied):
     cfg = dataclasses.replace(untied, compute_dtype="bfloat16")
     low = hidden(free, tokens, positions, segments, cfg)
     assert low.dtype == jnp.bfloat16
-    difference = np.abs(transformer.logits(free, low, cfg) - logits)
+    difference = np.abs(transformer.head(free, low, cfg) - logits)
     assert 0 < np.median(difference) < 0.03 * np.std(logits)

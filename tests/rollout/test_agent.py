@@ -74,7 +74,7 @@ def test_log_probabilities_are_those_of_the_training_forward(tokenizer, model):
         pad = (0, LIMITS.max_length - tokens.shape[1])
         args = (jnp.pad(x, ((0, 0), pad)) for x in (tokens, positions, jnp.ones_like(tokens)))
         hidden, _ = forward(params, *args, cfg)
-        logp = jax.nn.log_softmax(transformer.logits(params, hidden, cfg)[0], axis=-1)
+        logp = jax.nn.log_softmax(transformer.head(params, hidden, cfg)[0], axis=-1)
         n = len(run.tokens)
         expected = np.asarray(logp)[np.arange(n - 1), run.tokens[1:]]
         where = run.sampled[1:] > 0

@@ -75,7 +75,7 @@ def test_every_run_is_scored_by_the_teacher_of_its_domain_only(setting, models):
 @functools.partial(jax.jit, static_argnums=2)
 def dense(params, batch, model):
     hidden, _ = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
-    return transformer.logits(params, hidden, model)
+    return transformer.head(params, hidden, model)
 
 
 def test_loss_is_the_papers_formula_in_float64(setting, models):
