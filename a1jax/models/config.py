@@ -10,7 +10,7 @@ from a1jax.config import ConfigError
 
 CHOICES = {
     "remat": ("none", "block"),
-    "moe": ("dense", "ragged"),
+    "moe": ("dense", "ragged", "blocked"),
     "conv_init": ("normal", "uniform"),
     "decay_init": ("reference", "spread"),
     "compute_dtype": ("float32", "bfloat16"),
@@ -50,7 +50,7 @@ class ModelConfig:
     remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
     attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
-    moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; "dense": every expert on every token, best for few experts on CPU
+    moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; on a CPU "dense", every expert on every token, below 16, else "blocked"
     compute_dtype: str = "bfloat16"  # of activations and matmuls; softmax, router, norms and recurrence stay float32
     param_dtype: str = "float32"  # of stored parameters and their gradients
     init_std: float = 0.02  # std of weight matrices and of the embedding; 0: 1/sqrt(fan in), which small models need

@@ -233,7 +233,9 @@ def step(
     beta = jnp.where(active[:, None], beta, 0.0)
     repeat = v.shape[1] // k.shape[1]
     q, k = (y if repeat == 1 else jnp.repeat(y, repeat, axis=1) for y in (q, k))
-    recalled = decay[..., None] * jnp.sum(state * k[..., None], axis=-2)
+    # What k recalls and what q reads, both from the old state in one pass over it: q^T (decay S + k delta^T) = decay q^T S + (q k) delta^T.
+    recalled, read = jnp.moveaxis(decay[..., None, None] * _matmul(jnp.stack([k, q], axis=-2), state), -2, 0)
     delta = beta[..., None] * (v - recalled)
+    out = read + jnp.sum(q * k, axis=-1, keepdims=True) * delta
     state = state * decay[..., None, None] + k[..., None] * delta[..., None, :]
-    return output(p, jnp.sum(state * q[..., None], axis=-2), x, cfg), window, state
+    return output(p, out, x, cfg), window, state

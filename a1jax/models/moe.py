@@ -12,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32
 
 from a1jax.models.config import ModelConfig
+from a1jax.models.experts import experts_local
 from a1jax.models.layers import linear, matrix, silu, weight_init
 from a1jax.params import ParamSpec
 from a1jax.sharding import is_sharded, mesh_axes
-
-DENSE_ROWS = 256  # tokens per step of experts_dense: [rows, E * F] float32 is half a megabyte for the tiny configurations
 
 
 def specs(cfg: ModelConfig) -> dict:
@@ -60,90 +59,6 @@ def chosen_experts(probs: jax.Array, active: int) -> jax.Array:
     mine, other = probs[..., :, None], probs[..., None, :]
     earlier = (jnp.arange(e)[None] < jnp.arange(e)[:, None]).reshape((1,) * (probs.ndim - 1) + (e, e))
     return jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1) < active
-
-
-def glu(x: jax.Array, width: int) -> jax.Array:
-    """silu(gate) * up of the two halves of the last axis."""
-    return silu(x[..., :width]) * x[..., width:]
-
-
-def experts_dense(
-    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"]
-) -> Float[Array, "T D"]:
-    """Every expert on every token: x [T, D], weights [T, E], gate_up [E, D, 2 F], down [E, F, D] -> [T, D]. Three plain matmuls.
-
-    DENSE_ROWS tokens at a time, computed again in the backward pass: the wide activations then stay in a core's cache, which more
-    than pays for the second computation.
-    """
-    (e, f, d), t = down.shape, x.shape[0]
-    if t <= DENSE_ROWS:  # a decoding step: one matmul into all experts, one out of them
-        h = (x @ jnp.moveaxis(gate_up, 0, 1).reshape(d, -1)).reshape(t, e, 2 * f)
-        return (glu(h, f) * weights[..., None].astype(x.dtype)).reshape(t, -1) @ down.reshape(e * f, d)
-    gate, up = (jnp.moveaxis(half, 0, 1).reshape(d, e * f) for half in jnp.split(gate_up, 2, axis=-1))
-    down = down.reshape(e * f, d)
-
-    def rows(x, weights):
-        h = silu(linear(x, gate)) * linear(x, up)
-        h = h.reshape(-1, e, f) * weights[..., None].astype(x.dtype)
-        return linear(h.reshape(-1, e * f), down)
-
-    n = -(-t // DENSE_ROWS)
-    x, weights = (jnp.pad(y, ((0, n * DENSE_ROWS - t), (0, 0))).reshape(n, DENSE_ROWS, -1) for y in (x, weights))
-    return jax.lax.map(lambda xs: jax.checkpoint(rows, prevent_cse=False)(*xs), (x, weights)).reshape(-1, d)[:t]
-
-
-@jax.custom_vjp
-def gather_pairs(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
-    """x [T, D] -> [T * A, D], row i the token of pair order[i]; place is order's inverse. Its gradient is a gather too, not a scatter."""
-    return x[order // (order.shape[0] // x.shape[0])]
-
-
-gather_pairs.defvjp(
-    lambda x, order, place: (gather_pairs(x, order, place), (place, x.shape[0])),
-    lambda residual, g: (jnp.sum(g[residual[0]].reshape(residual[1], -1, g.shape[-1]), axis=1), None, None),
-)
-
-
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[order], with x's gradient by the inverse permutation."""
-    return x[order]
-
-
-permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, g: (g[inverse], None, None))
-
-
-def experts_ragged(
-    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], active: int
-) -> Float[Array, "T D"]:
-    """Pairs of token and expert sorted by expert, then grouped matmuls; arguments as experts_dense, weights with at most `active`
-    entries above 0 per token. There is room for T * active pairs, so nothing can be dropped; missing pairs lie behind the last group."""
-    e, f, _ = down.shape
-    weight, expert = jax.lax.top_k(weights, active)
-    expert = jnp.where(weight > 0, expert, e).reshape(-1)  # e: no expert here
-    order = jnp.argsort(expert, stable=True)
-    place = jnp.argsort(order)
-    sizes = jnp.sum(expert[:, None] == jnp.arange(e)[None], axis=0, dtype=jnp.int32)
-    real = (jnp.arange(expert.shape[0]) < jnp.sum(sizes))[:, None]  # rows behind the last group are undefined: never let them through
-    h = jnp.where(real, gather_pairs(x, order, place), 0)
-    h = jnp.where(real, glu(jax.lax.ragged_dot(h, gate_up, sizes), f), 0)
-    y = jnp.where(real, jax.lax.ragged_dot(h, down, sizes), 0)
-    y = permute(y, place, order).reshape(x.shape[0], active, -1)
-    return jnp.sum(y * weight[..., None].astype(y.dtype), axis=1)
-
-
-def experts_local(
-    x: Float[Array, "B T D"],
-    weights: Float32[Array, "B T E"],
-    gate_up: Float[Array, "E D F2"],
-    down: Float[Array, "E F D"],
-    cfg: ModelConfig,
-) -> Float[Array, "B T D"]:
-    """The routed experts here: x [B, T, D], weights [B, T, E] -> [B, T, D], by the form that cfg.moe names."""
-    flat, per_token = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
-    if cfg.moe == "dense":
-        return experts_dense(flat, per_token, gate_up, down).reshape(x.shape)
-    return experts_ragged(flat, per_token, gate_up, down, min(cfg.num_experts_active, down.shape[0])).reshape(x.shape)
 
 
 def experts_sharded(

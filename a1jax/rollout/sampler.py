@@ -6,6 +6,7 @@ The host decides what is fed (a prompt, an observation, or what was just sampled
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -28,12 +29,34 @@ def sample(logits: jax.Array, uniforms: jax.Array, temperature: float) -> tuple[
     x = logits.astype(jnp.float32) / (temperature if temperature > 0 else 1.0)  # float32: a log-softmax
     logp = jax.nn.log_softmax(x, axis=-1)
     if temperature > 0:
-        cdf = jnp.cumsum(jnp.exp(logp), axis=-1)
-        below = cdf <= uniforms[:, None] * cdf[:, -1:]  # scaled by the last value: rounding never points past the vocabulary
-        ids = jnp.minimum(below.sum(-1), logits.shape[-1] - 1).astype(jnp.int32)
+        ids = invert(jnp.exp(logp), uniforms)
     else:
         ids = jnp.argmax(x, axis=-1).astype(jnp.int32)
     return ids, jnp.take_along_axis(logp, ids[:, None], axis=-1)[:, 0]
+
+
+def invert(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """ids int32 [B]: where the running sum of weights [B, V] >= 0 passes uniforms [B] in [0, 1) of their total; never a weight of 0.
+
+    In two steps, the block of ids first and then the id in its block: a running sum over V is the dearest part of a small model's step.
+    """
+    b, v = weights.shape
+    width = 1 << math.isqrt(v).bit_length()
+    parts = jnp.pad(weights, ((0, 0), (0, -v % width))).reshape(b, -1, width)
+    ends = jnp.cumsum(jnp.sum(parts, axis=-1), axis=-1)
+    target = uniforms[:, None] * ends[:, -1:]
+    block = _possible(jnp.any(parts > 0, axis=-1), jnp.sum(ends <= target, axis=-1))
+    start = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    part = jnp.take_along_axis(parts, block[:, None, None], axis=1)[:, 0]
+    place = _possible(part > 0, jnp.sum(start[:, None] + jnp.cumsum(part, axis=-1) <= target, axis=-1))
+    return (block * width + place).astype(jnp.int32)
+
+
+def _possible(possible: jax.Array, place: jax.Array) -> jax.Array:
+    """[B]: the first possible place (bool [B, n]) from place [B] on, or the last there is: rounding moves a sum by a hair."""
+    index = jnp.arange(possible.shape[1])[None]
+    later = possible & (index >= place[:, None])
+    return jnp.where(jnp.any(later, axis=-1), jnp.argmax(later, axis=-1), jnp.max(jnp.where(possible, index, 0), axis=-1))
 
 
 @functools.lru_cache(maxsize=16)

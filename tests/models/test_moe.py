@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from a1jax import params, sharding
-from a1jax.models import moe
+from a1jax.models import experts, moe
 from a1jax.models.config import tiny
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -90,12 +90,14 @@ def assert_same(got, expected):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
 
 
-def test_dense_ragged_and_the_definition_agree(small, layer, one_device, monkeypatch):
-    dense = dataclasses.replace(small, moe="dense")
+def test_dense_ragged_blocked_and_the_definition_agree(small, layer, one_device, monkeypatch):
+    dense, blocked = (dataclasses.replace(small, moe=form) for form in ("dense", "blocked"))
+    monkeypatch.setattr(experts, "BLOCK_ROWS", 8)
     for kind, expected in one_device.items():
         np.testing.assert_allclose(expected[1], naive(layer, x_of(kind), 2), atol=1e-5)
         assert_same(gradient(layer, x_of(kind), dense), expected)
-    monkeypatch.setattr(moe, "DENSE_ROWS", 7)  # 40 tokens: five full steps and a padded one
+        assert_same(gradient(layer, x_of(kind), blocked), expected)
+    monkeypatch.setattr(experts, "DENSE_ROWS", 7)  # 40 tokens: five full steps and a padded one
     for kind in ("random", "one"):
         assert_same(jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, dense))(layer, x_of(kind)), one_device[kind])
     idle = np.asarray(one_device["one"][0][0]["experts"]["down_proj"])
@@ -104,9 +106,9 @@ def test_dense_ragged_and_the_definition_agree(small, layer, one_device, monkeyp
 
 @pytest.mark.parametrize("i", range(len(MESHES)))
 def test_every_mesh_equals_one_device(i, small, layer, one_device, monkeypatch):
-    """Outputs and gradients, ragged and dense in turn, with idle experts and with two experts that get everything."""
-    monkeypatch.setattr(moe, "DENSE_ROWS", 3)
-    cfg = dataclasses.replace(small, moe=("ragged", "dense")[i % 2])
+    """Outputs and gradients, the forms in turn, with idle experts and with two experts that get everything."""
+    monkeypatch.setattr(experts, "DENSE_ROWS", 3)
+    cfg = dataclasses.replace(small, moe=("ragged", "dense", "blocked")[i % 3])
     mesh = sharding.make_mesh(MESHES[i])
     placed = jax.device_put(layer, params.shardings(moe.specs(cfg), mesh))
     rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length", "hidden"), mesh))

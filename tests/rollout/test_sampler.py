@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a1jax.rollout.sampler import run_uniforms, sample
+from a1jax.rollout.sampler import invert, run_uniforms, sample
 
 
 def test_inverse_distribution_by_hand():
@@ -34,6 +34,20 @@ def test_frequencies_follow_the_distribution():
 def test_impossible_ids_are_never_sampled():
     ids, _ = sample(jnp.tile(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]), (3, 1)), jnp.array([0.0, 0.5, 0.99999994]), 1.0)
     assert ids.tolist() == [1, 1, 1]
+
+
+def test_inversion_equals_the_running_sum_at_any_vocabulary():
+    rng = np.random.default_rng(0)
+    for v in (1, 2, 63, 64, 65, 500, 3001):
+        weights = rng.exponential(size=(400, v)).astype(np.float32) * (rng.random((400, v)) < 0.3)
+        weights[np.arange(400), rng.integers(0, v, 400)] = 1.0
+        uniforms = rng.random(400, dtype=np.float32)
+        ids = np.asarray(invert(jnp.asarray(weights), jnp.asarray(uniforms)))
+        ends = np.cumsum(weights.astype(np.float64), axis=1)
+        target, rows = uniforms * ends[:, -1], np.arange(400)
+        assert np.all(weights[rows, ids] > 0)
+        slack = 1e-5 * ends[:, -1]  # an id next door is right where the number hits the border between them
+        assert np.all((ends[rows, ids] >= target - slack) & (ends[rows, ids] - weights[rows, ids] <= target + slack))
 
 
 def test_numbers_of_a_run_are_its_own():
