@@ -55,23 +55,30 @@ def one_device(free, tokens, rows, untied):
 
 
 def test_a_packed_row_equals_its_segments_alone(free, tokens, rows, untied):
-    """Logits and the parameters' gradient: rows of several segments against one row per segment, without the router's losses, which
-    are means over all tokens."""
-    lengths = [[3, 2, 9, 6], [1, 7, 12]]
-    pieces = [(row, sum(lengths[row][:i]), n) for row in range(2) for i, n in enumerate(lengths[row])]
-    packed, alone = np.zeros((2, 8, T), np.int32)
-    packed[:2] = tokens[:2]
-    for i, (row, start, n) in enumerate(pieces):
-        alone[i, :n] = tokens[row, start : start + n]
-    results = []
-    for ids, layout in ((packed, [*lengths, *[[]] * 6]), (alone, [*([n] for *_, n in pieces), []])):
+    """Logits and every parameter's gradient: row i holds segments of i + 1 tokens, one, two (fewer than the convolution's taps) and the
+    rest, so borders lie at every offset of a chunk of 8, against one row per segment. Without the router's losses, which are means over
+    all tokens."""
+    lengths = [[i + 1, 1, 2, T - i - 4] for i in range(8)]
+    pieces = [(row, sum(lengths[row][:i]), n) for row in range(8) for i, n in enumerate(lengths[row])]
+    assert untied.delta_chunk == 8 and untied.conv_width == 4
+
+    def evaluate(ids, layout):
         positions, segments = rows(layout, T)
         weight = (segments > 0).astype(jnp.float32)
         (_, (logits, _)), gradient = value_and_gradient(free, jnp.asarray(ids), positions, segments, weight, 0.0, untied)
-        results.append((logits, gradient))
-    for i, (row, start, n) in enumerate(pieces):
-        np.testing.assert_allclose(results[0][0][row, start : start + n], results[1][0][i, :n], atol=1e-5)
-    assert_close(results[0][1], results[1][1])
+        return logits, gradient
+
+    packed, gradient = evaluate(tokens, lengths)
+    total = jax.tree.map(jnp.zeros_like, gradient)
+    for first in range(0, len(pieces), 8):
+        batch, alone = pieces[first : first + 8], np.zeros((8, T), np.int32)
+        for i, (row, start, n) in enumerate(batch):
+            alone[i, :n] = tokens[row, start : start + n]
+        logits, part = evaluate(alone, [[n] for *_, n in batch])
+        total = jax.tree.map(jnp.add, total, part)
+        for i, (row, start, n) in enumerate(batch):
+            np.testing.assert_allclose(packed[row, start : start + n], logits[i, :n], atol=1e-5)
+    assert_close(gradient, total)
 
 
 def test_runs_count_from_border_to_border():
