@@ -25,10 +25,12 @@ def experts_local(
 ) -> Float[Array, "B T D"]:
     """The routed experts here: x [B, T, D], weights [B, T, E] -> [B, T, D], by the form that cfg.moe names."""
     flat, per_token = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
-    if cfg.moe == "dense":
+    (rows, e), active = per_token.shape, min(cfg.num_experts_active, down.shape[0])
+    few = rows * (e - active) <= e * BLOCK_ROWS  # a decoding step: filling up the blocks would cost more than all experts on all tokens
+    if cfg.moe == "dense" or (cfg.moe == "blocked" and few):
         return experts_dense(flat, per_token, gate_up, down).reshape(x.shape)
     sparse = experts_ragged if cfg.moe == "ragged" else experts_blocked
-    return sparse(flat, per_token, gate_up, down, min(cfg.num_experts_active, down.shape[0])).reshape(x.shape)
+    return sparse(flat, per_token, gate_up, down, active).reshape(x.shape)
 
 
 def glu(x: jax.Array, width: int) -> jax.Array:
