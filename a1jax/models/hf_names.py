@@ -7,13 +7,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
 from a1jax.models import transformer
 from a1jax.models.config import ModelConfig
-from a1jax.params import ParamSpec
 
 MULTIMODAL, TEXT = "model.language_model.", "model."
 SKIPPED = ("model.visual.", "mtp.")  # vision tower, multi-token prediction: not part of this model
@@ -45,9 +45,9 @@ class Piece:
         return tuple(self.box[i][1] - self.box[i][0] for i in self.axes)
 
 
-def flat(specs: dict) -> dict[PathKeys, ParamSpec]:
+def flat(tree: dict) -> dict[PathKeys, Any]:
     """Path -> leaf of a tree of nested dicts."""
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(specs)}
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def pieces(cfg: ModelConfig, prefix: str = TEXT, fused: bool = True) -> list[Piece]:

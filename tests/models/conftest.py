@@ -1,6 +1,7 @@
 """The smallest faithful model: two blocks of one gated delta net and one attention layer, grouped heads in both, chunks of 8."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -56,3 +57,45 @@ def rows_of(lengths: list[list[int]], length: int) -> tuple[jax.Array, jax.Array
 @pytest.fixture(scope="session")
 def rows():
     return rows_of
+
+
+class Reference:
+    """transformers' Qwen3.5-MoE text model in float32 on the CPU, its own code throughout (no fused kernels)."""
+
+    def __init__(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the two packages' own modules, while they are imported
+            import torch
+            import transformers
+            from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(1)
+        self.torch, self.transformers, self.modeling = torch, transformers, modeling
+
+    def model(self, seed: int, **sizes):
+        """A model with every parameter random, also those that start constant, so that no test passes because a weight is 0 or 1."""
+        config = self.transformers.Qwen3_5MoeTextConfig(**sizes)
+        model = self.modeling.Qwen3_5MoeForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager")
+        rng = np.random.default_rng(seed)
+        with self.torch.no_grad():
+            for name, weight in model.named_parameters():
+                drawn = rng.standard_normal(tuple(weight.shape))
+                if name.endswith("A_log"):
+                    drawn = 0.7 * drawn - 1.5  # memories of one to thirty tokens
+                elif weight.ndim == 1:
+                    drawn = 0.4 * drawn + (1.0 if name.endswith("linear_attn.norm.weight") else 0.0)
+                elif name.endswith("mlp.gate.weight"):
+                    drawn = 2.0 * drawn * weight.shape[-1] ** -0.5  # a router that decides: see the margins in test_parity
+                elif name.endswith("conv1d.weight"):
+                    drawn = 0.5 * drawn
+                elif not name.endswith("embed_tokens.weight"):
+                    drawn = drawn * weight.shape[-1] ** -0.5
+                weight.copy_(self.torch.tensor(drawn))
+        return model.float().eval()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return Reference()
