@@ -52,7 +52,7 @@ def load(path: PathLike, mesh: Mesh | None = None, dtype: str | None = None) -> 
     """
     found = open_checkpoint(path)
     if found.skipped:
-        LOG.info("%s: %d tensors skipped: %s", path, len(found.skipped), "; ".join(hf_names.grouped(found.skipped)))
+        LOG.info("%s: %d tensors skipped: %s", path, len(found.skipped), "; ".join(hf_names.grouped(sorted(found.skipped))))
     cfg, dtypes = found.cfg, found.dtypes()
     if dtype is not None:
         if str(dtype) not in ("float32", "bfloat16"):
@@ -140,7 +140,7 @@ def save(
     params: dict,
     cfg: ModelConfig,
     source: PathLike | None = None,
-    shard_bytes: float = 5e9,
+    shard_bytes: int | float = 5e9,
     beside: PathLike | None = None,
 ) -> list[str]:
     """Writes parameters as a Hugging Face folder: config.json, shards of at most ``shard_bytes``, index. Returns the names written.
@@ -190,8 +190,7 @@ class _Slices:
         key = (piece.path, piece.box[0] if piece.path[0] == "blocks" else None)
         if key != self.key:
             self.slice = None  # before the next one comes
-            leaf = self.leaves[piece.path]
-            self.key, self.slice = key, np.asarray(leaf if key[1] is None else leaf[key[1][0] : key[1][1]])
+            self.key, self.slice = key, _on_host(self.leaves[piece.path], key[1])
         box = piece.box if key[1] is None else ((0, 1), *piece.box[1:])
         values = piece.oriented(self.slice[tuple(slice(*pair) for pair in box)])
         step = max(1, hf_files.CHUNK // (math.prod(values.shape[1:]) * dtype.itemsize))
@@ -200,6 +199,34 @@ class _Slices:
             out = np.empty(part.shape, dtype)
             _copy(out, part)
             yield memoryview(out.reshape(-1).view(np.uint8))
+
+
+def _on_host(leaf: Any, block: tuple[int, int] | None) -> np.ndarray:
+    """A leaf, or one block of it (its first dimension cut to one), put together from its parts on the devices. Parts that lie on a CPU
+    are only looked at, and of other devices' parts no more than the block is fetched."""
+    if isinstance(leaf, np.ndarray):
+        return leaf[slice(*block) if block else ...]
+    if not leaf.is_fully_addressable:
+        raise ConfigError("these parameters are spread over several processes: export what one of them has stored")
+    parts = []
+    for part in (part for part in leaf.addressable_shards if part.replica_id == 0):
+        start = (part.index[0].start or 0) if block else 0
+        if block is None or start <= block[0] < start + part.data.shape[0]:
+            parts.append((part.index[1:] if block else part.index, _fetch(part.data, block and block[0] - start)))
+    if len(parts) == 1:
+        return parts[0][1]
+    out = np.empty((1, *leaf.shape[1:]) if block else leaf.shape, leaf.dtype)
+    for index, values in parts:
+        out[(slice(None), *index) if block else index] = values
+    return out
+
+
+def _fetch(data: jax.Array, row: int | None) -> np.ndarray:
+    if row is None:
+        return np.asarray(data)
+    if next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[row : row + 1]
+    return np.asarray(jax.lax.dynamic_index_in_dim(data, np.int32(row), 0))  # one program for all rows
 
 
 def _unscaled(params: dict, cfg: ModelConfig) -> tuple[dict, ModelConfig]:

@@ -20,7 +20,7 @@ from a1jax.config import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-CHUNK = 16 << 20  # bytes read or written at a time
+CHUNK = 8 << 20  # bytes read or written at a time
 LARGEST_HEADER = 100_000_000  # of the format
 
 

@@ -72,7 +72,7 @@ def import_hf(source: pathlib.Path, folder: pathlib.Path, dtype: str | None = No
     if found.skipped:
         size = sum(found.stored[name].size for name in found.skipped)
         lines[0] += f"; skipped {len(found.skipped)} tensors ({_bytes(size)}):"
-        lines += [f"  {line}" for line in hf_names.grouped(found.skipped)]
+        lines += [f"  {line}" for line in hf_names.grouped(sorted(found.skipped))]
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ L, F = "linear_attention", "full_attention"
 
 
 def sizes(d, heads, head_dim, rotary, linear, experts, widths, layers, vocab=61, conv=4, tied=False, **more):
-    """Configuration of the reference: heads (query, key/value), linear (key heads, value heads, key dim, value dim), experts (all, active)."""
+    """Configuration of the reference. heads: query, key/value; linear: key heads, value heads, key dim, value dim; experts: all, active."""
     rope = {"rope_type": "default", "rope_theta": more.pop("theta", 1e4), "partial_rotary_factor": rotary, "mrope_section": [1, 1, 0]}
     names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
     return dict(
@@ -31,11 +31,12 @@ def sizes(d, heads, head_dim, rotary, linear, experts, widths, layers, vocab=61,
     )  # fmt: skip
 
 
-# name: (reference's configuration, fields of ours, tokens in a row, seed). Seeds are those whose routers decide clearly, see routed_clearly.
+# name: (reference's configuration, fields of ours, tokens in a row, seed). The routers decide clearly with these seeds: see routed_clearly.
 CASES = {
     "as published": (sizes(32, (4, 2), 16, 0.25, (2, 4, 8, 8), (8, 2), (12, 16), [L, L, L, F]), {}, 37, 0),
     "tied, two blocks": (
-        sizes(24, (2, 1), 8, 0.5, (1, 3, 8, 12), (4, 1), (16, 8), [L, F] * 2, conv=3, tied=True), {"moe": "dense", "delta_chunk": 16}, 13, 0,
+        sizes(24, (2, 1), 8, 0.5, (1, 3, 8, 12), (4, 1), (16, 8), [L, F] * 2, conv=3, tied=True), {"moe": "dense", "delta_chunk": 16},
+        13, 0,
     ),
     "irregular, 64 experts": (
         sizes(32, (3, 3), 16, 0.75, (2, 2, 16, 4), (64, 8), (8, 8), [L, F, F], conv=2), {"delta_chunk": 32}, 65, 0,
