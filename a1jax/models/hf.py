@@ -181,10 +181,11 @@ def save(
 
 
 class _Slices:
-    """Parts of leaves on the host, as rows of tensors; holds one slice of one leaf at a time."""
+    """Parts of leaves on the host, as rows of tensors; one slice of one leaf at a time. A row is good until the next is asked for."""
 
     def __init__(self, leaves: dict[PathKeys, Any]):
         self.leaves, self.key, self.slice = leaves, None, None
+        self.buffer = np.empty(0, np.uint8)  # kept: what is freed in pieces of this size, malloc keeps
 
     def rows(self, piece: Piece, dtype: np.dtype) -> Iterator[memoryview]:
         key = (piece.path, piece.box[0] if piece.path[0] == "blocks" else None)
@@ -193,12 +194,15 @@ class _Slices:
             self.key, self.slice = key, _on_host(self.leaves[piece.path], key[1])
         box = piece.box if key[1] is None else ((0, 1), *piece.box[1:])
         values = piece.oriented(self.slice[tuple(slice(*pair) for pair in box)])
-        step = max(1, hf_files.CHUNK // (math.prod(values.shape[1:]) * dtype.itemsize))
+        width = math.prod(values.shape[1:]) * dtype.itemsize
+        step = max(1, hf_files.CHUNK // width)
+        if len(self.buffer) < step * width:
+            self.buffer = np.empty(step * width, np.uint8)
         for row in range(0, len(values), step):
             part = values[row : row + step]
-            out = np.empty(part.shape, dtype)
-            _copy(out, part)
-            yield memoryview(out.reshape(-1).view(np.uint8))
+            raw = self.buffer[: len(part) * width]
+            _copy(raw.view(dtype).reshape(part.shape), part)
+            yield memoryview(raw)
 
 
 def _on_host(leaf: Any, block: tuple[int, int] | None) -> np.ndarray:

@@ -233,7 +233,7 @@ def test_memory_is_the_parameters_and_one_shard(large, tmp_path, place):
     assert done.returncode == 0, done.stderr
     loaded, saved, held = map(int, done.stdout.split())
     print(f"load {loaded / 1e6:.0f} MB, save {saved / 1e6:.0f} MB, parameters {held / 1e6:.0f} MB")
-    shard, slack = 4e7, 1e7
+    shard, slack = 4e7, 3e7  # one chunk, and what malloc keeps
     assert held > 2e8 and len(list((tmp_path / "out").glob("*.safetensors"))) > 4
     assert 0.9 * held < loaded <= held + shard + slack
     assert saved <= held + shard + slack
