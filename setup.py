@@ -28,6 +28,7 @@ setup(
         "jaxtyping",
         "jinja2",
         "matplotlib",
+        "ml_dtypes",
         "numpy",
         "optax",
         "orbax-checkpoint",
@@ -38,6 +39,18 @@ setup(
         "tokenizers",
         "tqdm",
     ],
-    extras_require={"test": ["beartype", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"]},
+    extras_require={
+        "test": [
+            "beartype",
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools",
+            "torch==2.13.0",  # with transformers the reference of the parity tests; nothing at run time needs either
+            "transformers>=5.23,<6",
+            "wheel",
+        ]
+    },
     entry_points={"console_scripts": ["a1jax = a1jax.main:main"]},
 )

@@ -94,6 +94,13 @@ def load_params(directory: PathLike, abstract_params: Params, step: int | None =
         return reader.restore(path, args=ocp.args.StandardRestore(wanted))
 
 
+def stored_params(directory: PathLike, step: int | None = None) -> Any:
+    """Shapes and dtypes (ShapeDtypeStructs) as stored of the parameters that ``load_params`` finds in ``directory``."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        found = reader.metadata(_params_path(directory, step)).item_metadata
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), found.tree)
+
+
 def _params_path(directory: PathLike, step: int | None) -> str:
     directory = _absolute(directory)
     alone = os.path.join(directory, "params")

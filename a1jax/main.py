@@ -1,4 +1,5 @@
-"""The command line: parse and dispatch. ``a1jax run FILE[:arg]`` and ``a1jax prepare SRC... --out DIR --tokenizer PATH``.
+"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``,
+``a1jax import HF_DIR RUN_DIR`` and ``a1jax export RUN_DIR HF_DIR``.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(words)
     try:
-        return run(args, words) if args.command == "run" else prepare(args)
+        return run(args, words) if args.command == "run" else COMMANDS[args.command](args)
     except ValueError as error:
         if not isinstance(error, _user_errors()):
             raise
@@ -67,6 +68,26 @@ def prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_hf(args: argparse.Namespace) -> int:
+    """Reads a Hugging Face checkpoint into a parameters folder and prints what it was."""
+    from a1jax.stages import folders
+
+    print(folders.import_hf(pathlib.Path(args.source), pathlib.Path(args.folder), args.dtype))
+    return 0
+
+
+def export_hf(args: argparse.Namespace) -> int:
+    """Writes a parameters folder as a Hugging Face checkpoint and prints what it is."""
+    from a1jax.stages import folders
+
+    source = pathlib.Path(args.source) if args.source else None
+    print(folders.export_hf(pathlib.Path(args.run), pathlib.Path(args.path), args.stage, source))
+    return 0
+
+
+COMMANDS = {"prepare": prepare, "import": import_hf, "export": export_hf}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="a1jax", description="Trains long-horizon agents in three stages.")
     parser.add_argument("--version", action="version", version=f"a1jax {__version__}")
@@ -82,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--out", metavar="DIR", required=True, help="folder of the dataset")
     each.add_argument("--tokenizer", metavar="PATH", required=True, help="a sentencepiece model or a tokenizer.json")
     each.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used, instead of counting it")
+    each = commands.add_parser("import", help="read a Hugging Face checkpoint", description="Hugging Face checkpoint -> parameters folder.")
+    each.add_argument("source", metavar="HF_DIR", help="a folder with config.json and safetensors")
+    each.add_argument("folder", metavar="RUN_DIR", help="the parameters folder to make: params/, model.json, tokenizer")
+    each.add_argument("--dtype", choices=("float32", "bfloat16"), help="convert to it (default: as stored)")
+    each = commands.add_parser(
+        "export", help="write a Hugging Face checkpoint", description="Parameters folder -> Hugging Face checkpoint."
+    )
+    each.add_argument("run", metavar="RUN_DIR", help="an imported folder, a stage's folder, or a run")
+    each.add_argument("path", metavar="HF_DIR", help="the checkpoint folder to make")
+    each.add_argument("--stage", metavar="NAME", help="of a run with several finished stages")
+    each.add_argument("--source", metavar="HF_DIR", help="the checkpoint it came from: keeps what is not the text model's, names and types")
     return parser
 
 

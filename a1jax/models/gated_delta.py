@@ -21,7 +21,8 @@ from a1jax.sharding import constrain
 
 def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """HF `linear_attn.*`: projections are these transposed, `conv1d.weight` [channels, 1, W] is conv1d [W, channels] transposed,
-    the others are the same. in_proj_qkv and the convolution hold q, k, v side by side, as in HF."""
+    the others are the same. in_proj_qkv and the convolution hold q, k, v side by side, as in HF. The recurrence's own vectors are float32
+    whatever param_dtype is: a log decay of three digits is another memory after a thousand tokens."""
     heads, channels = cfg.linear_num_value_heads, 2 * cfg.linear_key_dim + cfg.linear_value_dim
     spread = cfg.decay_init == "spread"
     return {
@@ -30,9 +31,9 @@ def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
         "in_proj_b": matrix(cfg, (cfg.d_model, heads), ("embed", "linear_heads")),
         "in_proj_a": matrix(cfg, (cfg.d_model, heads), ("embed", "linear_heads")),
         "conv1d": conv_weight(cfg, channels, "linear_qkv"),
-        "dt_bias": ParamSpec((heads,), ("linear_heads",), constant(0.0 if spread else 1.0), cfg.param_dtype),
-        "A_log": ParamSpec((heads,), ("linear_heads",), log_spread(0.002, 0.2) if spread else log_uniform(0.01, 16.0), cfg.param_dtype),
-        "norm": ParamSpec((cfg.linear_value_head_dim,), ("norm",), constant(1.0), cfg.param_dtype),
+        "dt_bias": ParamSpec((heads,), ("linear_heads",), constant(0.0 if spread else 1.0)),
+        "A_log": ParamSpec((heads,), ("linear_heads",), log_spread(0.002, 0.2) if spread else log_uniform(0.01, 16.0)),
+        "norm": ParamSpec((cfg.linear_value_head_dim,), ("norm",), constant(1.0)),
         "out_proj": matrix(cfg, (cfg.linear_value_dim, cfg.d_model), ("linear_heads", "embed"), to_residual=True),
     }
 

@@ -18,7 +18,7 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
-from . import distill, evaluate, experts, sft, teacher
+from . import distill, evaluate, experts, folders, sft, teacher
 from .setting import MeshConfig, Setting, make_mesh
 
 
@@ -48,6 +48,7 @@ class Experiment:
     tokenizer: TokenizerConfig = TokenizerConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0  # of parameters, data order and rollouts
+    initial: str = ""  # a parameters folder (of `a1jax import`, of a stage) that the base model is; empty: random parameters
 
     def __post_init__(self):
         for name in self.domains:
@@ -73,13 +74,15 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
-    mesh = make_mesh(cfg.mesh)  # first, as it can refuse: nothing has been written then
+    mesh = make_mesh(cfg.mesh)  # these two first, as they can refuse: nothing has been written then
+    if cfg.initial:
+        folders.check_initial(pathlib.Path(cfg.initial), cfg.model)
     tokenizer = open_tokenizer(cfg, workdir)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
         )
-    return Setting(cfg.model, tokenizer, cfg.domains, mesh, workdir, writer, cfg.seed)
+    return Setting(cfg.model, tokenizer, cfg.domains, mesh, workdir, writer, cfg.seed, cfg.initial)
 
 
 def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokenizer:

@@ -23,7 +23,7 @@ from ..losses import cross_entropy
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..types import Batch, Metrics, Params
-from . import sft
+from . import folders, sft
 from .setting import MeshConfig, Setting, make_mesh
 
 
@@ -48,6 +48,7 @@ class RealRuns:
     probe_every: int = 5  # steps between measurements of the held-out loss
     mesh: MeshConfig = MeshConfig()
     seed: int = 0  # of parameters, order and split
+    initial: str = ""  # a parameters folder (of `a1jax import`, of a stage) that training starts from; empty: random parameters
 
     def __post_init__(self):
         if not 0.0 < self.data.heldout < 1.0:
@@ -93,6 +94,8 @@ def heldout_loss(params: Params, batch: Batch, model: ModelConfig, block: int) -
 def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     """Statistics, packing, training and the held-out loss; returns {"first", "last", "fall", "efficiency"}. Resumable."""
     workdir, mesh = pathlib.Path(workdir), make_mesh(cfg.mesh)
+    if cfg.initial:
+        folders.check_initial(pathlib.Path(cfg.initial), cfg.model)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
@@ -104,7 +107,7 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
     print(source.summary["statistics"])
     train_part, heldout = split(source, cfg.data.heldout, cfg.seed)
     with metrics.Writer(workdir) as writer:
-        setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, mesh, workdir, writer, cfg.seed)
+        setting = Setting(cfg.model, tokenizer, domain_names.DOMAINS, mesh, workdir, writer, cfg.seed, cfg.initial)
         loader = batches.loader(
             train_part,
             batch_size=cfg.sft.rows,

@@ -21,6 +21,7 @@ from ..data.tokenizer import Tokenizer
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..types import Batch, Params
+from . import folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """model: of student and teachers. mesh: None on one device. workdir: the run's folder. domains: their order is their index."""
+    """model: of student and teachers. mesh: None on one device. workdir: the run's folder. domains: their order is their index.
+    initial: the parameters folder that the base model comes from, see folders; empty: random parameters."""
 
     model: ModelConfig
     tokenizer: Tokenizer
@@ -39,6 +41,7 @@ class Setting:
     workdir: pathlib.Path
     writer: metrics.Writer
     seed: int
+    initial: str = ""
 
     @property
     def specs(self) -> Any:
@@ -48,7 +51,9 @@ class Setting:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def init_params(self) -> Params:
-        """Random parameters from the run's seed, made where they will lie."""
+        """The base model, made or read where it will lie: of the folder ``initial``, else random from the run's seed."""
+        if self.initial:
+            return folders.load(pathlib.Path(self.initial), self.abstract_params())
         key = jax.random.key(self.seed)
         if self.mesh is None:  # parameter by parameter: small programs that compile in no time
             return param_specs.init(self.specs, key)
@@ -76,9 +81,11 @@ class Setting:
         return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
 
     def finish(self, stage: str, params: Params, facts: dict) -> Params:
-        """Store a stage's parameters, then its facts: only the facts make it finished."""
+        """Store a stage's parameters and their model, then its facts: only the facts make it finished."""
         directory = self.directory(stage)
         checkpoint.save_params(directory / "params", params)
+        initial = str(pathlib.Path(self.initial).resolve()) if self.initial else ""
+        folders.write_model(directory, self.model, {"stage": stage, "initial": initial})
         part = directory / "done.part"
         part.write_text(json.dumps(facts, indent=1))
         part.rename(directory / "done.json")
