@@ -36,14 +36,21 @@ class Writer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def write(self, step: int, stage: str, metrics: Metrics) -> None:
-        """One line: stage, step, time (seconds since 1970) and every metric as a float. Raises ValueError for what is not a scalar."""
+    def write(self, step: int, stage: str, metrics: Metrics, arrays: Metrics | None = None) -> None:
+        """One line: stage, step, time (seconds since 1970) and every metric as a float. Raises ValueError for what is not a scalar.
+
+        arrays: what is one on purpose (the load of every expert of every layer): nested lists of three digits, in TensorBoard a histogram.
+        """
         values = {name: _scalar(name, value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"stage": stage, "step": int(step), "time": time.time(), **values}) + "\n")
+        arrays = {name: np.asarray(value, np.float64) for name, value in (arrays or {}).items()}
+        lists = {name: np.vectorize(lambda x: float(f"{x:.3g}"))(value).tolist() for name, value in arrays.items()}
+        self._file.write(json.dumps({"stage": stage, "step": int(step), "time": time.time(), **values, **lists}) + "\n")
         self._file.flush()  # what is read after a kill ends at the last step, not at the last full buffer
         board = self._board(stage)
         for name, value in values.items():
             board.add_scalar(name, value, int(step))
+        for name, value in arrays.items():
+            board.add_histogram(name, value, int(step))
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of ``stage`` after ``step``: a run that goes on from there writes them again."""

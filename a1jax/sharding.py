@@ -107,13 +107,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, jax.sharding.get_abstract_mesh(), x.shape))
 
 
-def batch_shardings(mesh: Mesh) -> types.Batch:
-    """A types.Batch of NamedShardings: rows over all data axes. Use with jax.device_put or as in_shardings."""
+def batch_shardings(mesh: Mesh, routes: bool = False) -> types.Batch:
+    """A types.Batch of NamedShardings: rows over all data axes. Use with jax.device_put or as in_shardings. routes: the batch has some."""
     sharding = NamedSharding(mesh, partition_spec(("batch", "length"), mesh))
-    return types.Batch(**{field.name: sharding for field in dataclasses.fields(types.Batch)})
+    return types.Batch(**{field.name: sharding for field in dataclasses.fields(types.Batch) if routes or field.name != "routes"})
 
 
 def put_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
     """The batch on the mesh's devices. Raises ConfigError when its rows cannot be cut evenly over the data axes."""
     partition_spec(("batch", "length"), mesh, batch.tokens.shape)
-    return jax.device_put(batch, batch_shardings(mesh))
+    return jax.device_put(batch, batch_shardings(mesh, batch.routes is not None))

@@ -118,13 +118,15 @@ def fit(
                 tokens += extra_metrics.get("tokens", 0)
                 state, out = step_fn(state, batch)
                 if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
-                    out = {k: float(v) for k, v in jax.device_get(out).items()}
+                    out = jax.device_get(out)
+                    arrays = {k: v for k, v in out.items() if np.ndim(v)}
+                    out = {k: float(v) for k, v in out.items() if k not in arrays}
                     if not np.isfinite(out["loss"]):
                         raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate")
                     seconds = time.perf_counter() - clock
                     rate = tokens / seconds if at > done else 0.0  # the first step only compiles
                     clock, tokens = time.perf_counter(), 0
-                    writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate})
+                    writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate}, arrays)
                     bar.update(at + 1, loss=out["loss"], tokens_per_second=rate)
                 if probe is not None and ((at + 1) % probe_every == 0 or at + 1 == steps):
                     writer.write(at + 1, f"{stage}/probe", probe(state.params))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 
 Metrics = dict[str, Any]
-"""Name -> scalar. Names are ``group/name`` in lower case."""
+"""Name -> scalar (a train step may report arrays too). Names are ``group/name`` in lower case."""
 
 Params = dict[str, Any]
 """Nested dict of arrays, laid out as ``models.transformer.specs`` says."""
@@ -22,11 +22,12 @@ Params = dict[str, Any]
 
 @struct.dataclass
 class Batch:
-    """One packed batch; all fields are [B, T].
+    """One packed batch; all fields are [B, T], routes [B, T, L, A].
 
     tokens: int32 ids. targets: int32, the id position t predicts. mask: float32, 1 where the loss looks.
     positions: int32, 0 at the start of every segment. segment_ids: int32, 0 is padding, 1, 2, ... in a row.
     domains: int32, index of the domain the token's segment belongs to (used by domain-normalised losses and routing).
+    routes: int16, the experts each token took while it was sampled, per layer (Rollout.routes), -1 without a record; None: no replay.
     """
 
     tokens: jax.Array | np.ndarray
@@ -35,6 +36,7 @@ class Batch:
     positions: jax.Array | np.ndarray
     segment_ids: jax.Array | np.ndarray
     domains: jax.Array | np.ndarray
+    routes: jax.Array | np.ndarray | None = None
 
 
 @struct.dataclass
@@ -89,10 +91,11 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One sampled run, ids kept as sampled. All arrays are [T] of this run.
+    """One sampled run, ids kept as sampled. All arrays are [T] of this run, routes [T, L, A].
 
     tokens: int32, the whole run: prompt, model turns, observations. sampled: float32, 1 where the model wrote the token.
     logp: float32, log-probability of each sampled token under the sampling policy, 0 elsewhere. turns: model turns taken.
+    routes: int16, the experts each token took in each layer, -1 for tokens the model was never fed (the last one); None: not recorded.
     """
 
     task_id: str
@@ -104,3 +107,4 @@ class Rollout:
     reward: float
     turns: int
     trajectory: Trajectory | None = None
+    routes: np.ndarray | None = None

@@ -102,6 +102,13 @@ def test_tensorboard_gets_every_value_in_a_folder_a_stage(tmp_path):
     assert ("loss", 2, 0.125) in found and purged == [2]  # TensorBoard forgets the first step 2
 
 
+def test_arrays_are_nested_lists_and_histograms(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, "sft", {"loss": 0.5}, {"router/load": jnp.array([[0.123456, 0.5], [1.0, 0.0]])})
+    assert metrics.read(tmp_path)[0]["router/load"] == [[0.123, 0.5], [1.0, 0.0]]
+    assert [tag for tag, *_ in _scalars(tmp_path / "tensorboard" / "sft")[0]] == ["loss", "router/load"]
+
+
 def test_progress_without_a_terminal_prints_plain_lines():
     stream = io.StringIO()
     with metrics.progress("sft", total=10, done=4, every=1e9, stream=stream) as bar:

@@ -26,11 +26,13 @@ Span = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised run. tokens: int32 [T]. mask: float32 [T], 1 on tokens the model wrote. domain: index of its domain."""
+    """One tokenised run. tokens: int32 [T]. mask: float32 [T], 1 on tokens the model wrote. domain: index of its domain.
+    routes: int16 [T, L, A], the experts recorded while it was sampled (types.Rollout.routes), or None."""
 
     tokens: np.ndarray
     mask: np.ndarray
     domain: int = 0
+    routes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,12 +69,15 @@ def pack(examples: Iterable[Example], max_length: int, policy: str = "split") ->
 
     policy: what happens to examples longer than ``max_length``: "split" cuts them into pieces of max_length that become segments of
     their own (the first token of a later piece is nobody's target), "drop" leaves them out. Both are counted. O(n log n).
-    Raises DataError for a bad length or policy, or an example whose mask does not fit its tokens.
+    Raises DataError for a bad length or policy, or an example whose mask or routes do not fit its tokens.
     """
     examples = list(examples)
     bad = next((i for i, example in enumerate(examples) if len(example) != len(example.mask)), None)
     if bad is not None:
         raise DataError(f"example {bad} has {len(examples[bad])} tokens but a mask of {len(examples[bad].mask)}: both must be [T]")
+    bad = next((i for i, example in enumerate(examples) if example.routes is not None and len(example) != len(example.routes)), None)
+    if bad is not None:
+        raise DataError(f"example {bad} has {len(examples[bad])} tokens but routes {examples[bad].routes.shape}: they must be [T, L, A]")
     spans, report = plan([len(example) for example in examples], max_length, policy)
     return [tuple(cut(examples[i], start, stop) for i, start, stop in row) for row in spans], report
 
@@ -81,7 +86,8 @@ def cut(example: Example, start: int, stop: int) -> Example:
     """Tokens [start, stop) of an example; the example itself when that is all of it."""
     if start == 0 and stop == len(example):
         return example
-    return Example(example.tokens[start:stop], example.mask[start:stop], example.domain)
+    routes = None if example.routes is None else example.routes[start:stop]
+    return Example(example.tokens[start:stop], example.mask[start:stop], example.domain, routes)
 
 
 def plan(lengths: Sequence[int], max_length: int, policy: str = "split") -> tuple[list[list[Span]], PackingReport]:
@@ -133,11 +139,12 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-def to_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int = 0) -> Batch:
+def to_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int = 0, routes: tuple[int, int] | None = None) -> Batch:
     """Batch of numpy arrays [B, T] = [len(rows), length]; a row's segments stand in their order, the rest is padding.
 
     Here, and nowhere else, tokens are shifted against targets: within a segment ``targets[t] = tokens[t + 1]`` and ``mask[t]`` says
     whether the model wrote ``tokens[t + 1]``. The last position of a segment predicts nothing: target ``pad_id``, mask 0.
+    routes: (layers, active experts), to lay out recorded routes where the tokens that took them are, -1 where there is no record.
     Raises DataError when a row is longer than ``length``.
     """
     shape = (len(rows), length)
@@ -158,7 +165,25 @@ def to_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int = 0) ->
             segment_ids[b, at:end] = segment
             domains[b, at:end] = example.domain
             at = end
-    return Batch(tokens=tokens, targets=targets, mask=mask, positions=positions, segment_ids=segment_ids, domains=domains)
+    taken = None if routes is None else to_routes(rows, length, routes)
+    return Batch(tokens, targets, mask, positions, segment_ids, domains, taken)
+
+
+def to_routes(rows: Sequence[Sequence[Example]], length: int, shape: tuple[int, int]) -> np.ndarray:
+    """int16 [B, T, L, A]: the examples' routes laid out like ``Batch.tokens``, not shifted; -1 in padding and where none were recorded.
+
+    Raises DataError when an example's routes are not [T, *shape].
+    """
+    out = np.full((len(rows), length, *shape), -1, np.int16)
+    for b, row in enumerate(rows):
+        at = 0
+        for example in row:
+            if example.routes is not None:
+                if example.routes.shape[1:] != shape:
+                    raise DataError(f"row {b} has routes {example.routes.shape}: they must be [T, {shape[0]}, {shape[1]}], as the model's")
+                out[b, at : at + len(example)] = example.routes
+            at += len(example)
+    return out
 
 
 def pack_rows(examples: Sequence[Example], rows: int, length: int) -> list[Row]:

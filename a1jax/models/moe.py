@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
+from a1jax.config import ConfigError
 from a1jax.models.config import ModelConfig
 from a1jax.models.experts import experts_local
 from a1jax.models.layers import linear, matrix, silu, weight_init
@@ -38,14 +40,19 @@ def specs(cfg: ModelConfig) -> dict:
     }
 
 
-def route(logits: Float32[Array, "*lead E"], active: int) -> Float32[Array, "*lead E"]:
+def route(logits: Float32[Array, "*lead E"], active: int, routes: Int[Array, "*lead A"] | None = None) -> Float32[Array, "*lead E"]:
     """Router weights of float32 logits: the softmax on its `active` largest entries, renormalised, 0 elsewhere.
 
     Ties go to the lower index, as in jax.lax.top_k. Counting the larger entries costs E^2 comparisons but no sort and no scatter in
     the backward pass; from 64 experts on, top_k is cheaper.
+    routes: experts chosen elsewhere (router replay, arXiv 2510.11370), which take the place of the largest entries; the weights stay
+    this softmax's own, so gradients flow. -1 in the first entry: no record, choose freely. The entries are a set: an expert named
+    twice counts once, and a row that names no expert of 0 .. E - 1 has weights nan (check_routes refuses both).
     """
     probs = jax.nn.softmax(logits, axis=-1)
     chosen = jax.lax.stop_gradient(chosen_experts(probs, active))
+    if routes is not None:
+        chosen = jnp.where(routes[..., :1] < 0, chosen, any_of(routes, probs.shape[-1]))
     kept = jnp.where(chosen, probs, 0)
     return kept / jnp.sum(kept, axis=-1, keepdims=True)
 
@@ -54,11 +61,35 @@ def chosen_experts(probs: jax.Array, active: int) -> jax.Array:
     """bool [..., E]: the `active` largest of probs [..., E], ties to the lower index."""
     e = probs.shape[-1]
     if e > 64:
-        index = jax.lax.top_k(probs, active)[1]
-        return jnp.any(index[..., None] == jnp.arange(e).reshape((1,) * index.ndim + (e,)), axis=-2)
+        return any_of(jax.lax.top_k(probs, active)[1], e)
     mine, other = probs[..., :, None], probs[..., None, :]
     earlier = (jnp.arange(e)[None] < jnp.arange(e)[:, None]).reshape((1,) * (probs.ndim - 1) + (e, e))
     return jnp.sum((other > mine) | ((other == mine) & earlier), axis=-1) < active
+
+
+def any_of(index: jax.Array, e: int) -> jax.Array:
+    """bool [..., E]: is the expert one of index [..., A]?"""
+    return jnp.any(index[..., None] == jnp.arange(e).reshape((1,) * index.ndim + (e,)), axis=-2)
+
+
+def routes_of(weights: Float32[Array, "*lead E"], valid: Bool[Array, "*lead"], active: int) -> Int[Array, "*lead A"]:
+    """The experts of router weights [..., E] as a record for replay: int16 [..., A], largest weight first; -1 where not valid."""
+    return jnp.where(valid[..., None], jax.lax.top_k(weights, active)[1], -1).astype(jnp.int16)
+
+
+def check_routes(routes: np.ndarray, cfg: ModelConfig) -> None:
+    """Raises ConfigError unless routes, integers [..., L, A], fit the model: rows of different experts, or all -1."""
+    shape = (cfg.num_layers, cfg.num_experts_active)
+    if routes.shape[-2:] != shape:
+        raise ConfigError(
+            f"recorded routes are {routes.shape}: this model needs [..., layers, active experts] = [..., {shape[0]}, {shape[1]}]"
+        )
+    routes = np.sort(routes, axis=-1)
+    free = (routes == -1).all(-1)
+    fits = (routes[..., 0] >= 0) & (routes[..., -1] < cfg.num_experts) & (np.diff(routes, axis=-1) > 0).all(-1)
+    if not (free | fits).all():
+        row = routes[~(free | fits)][0].tolist()
+        raise ConfigError(f"recorded routes have {row}: give {shape[1]} different experts below {cfg.num_experts}, or -1 for no record")
 
 
 def experts_sharded(
@@ -101,14 +132,26 @@ def experts_sharded(
 
 
 def apply(
-    p: dict, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], cfg: ModelConfig
+    p: dict,
+    x: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"],
+    cfg: ModelConfig,
+    routes: Int[Array, "B T A"] | None = None,
+    record: bool = False,
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-    """x [B, T, D], valid bool [B, T] (False: padding, not counted) -> (out [B, T, D], router statistics of router_statistics)."""
+    """x [B, T, D], valid bool [B, T] (False: padding, not counted) -> (out [B, T, D], router statistics of router_statistics).
+
+    routes: the experts to use, see route. record: also "routes" int16 [B, T, A], the experts used, -1 where not valid.
+    """
     with jax.named_scope("router"):
-        # float32: two experts a rounding apart would swap between rollout and training
-        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), p["gate"].astype(jnp.float32))
-        weights = route(logits, cfg.num_experts_active)
+        # float32 in earnest (by default some devices multiply float32 in fewer bits): two experts a rounding apart would swap between
+        # rollout and training
+        gate, exact = p["gate"].astype(jnp.float32), jax.lax.Precision.HIGHEST
+        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), gate, precision=exact)
+        weights = route(logits, cfg.num_experts_active, routes)
         aux = router_statistics(logits, weights, valid)
+        if record:
+            aux["routes"] = routes_of(weights, valid, cfg.num_experts_active)
     with jax.named_scope("experts"):
         run = experts_sharded if is_sharded() else experts_local
         out = run(x, weights, *(p["experts"][name].astype(x.dtype) for name in ("gate_up_proj", "down_proj")), cfg)

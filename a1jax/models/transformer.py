@@ -50,26 +50,36 @@ def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def apply(
-    params: dict, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cfg: ModelConfig
+    params: dict,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    cfg: ModelConfig,
+    routes: Int[Array, "B T L A"] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict]:
     """Forward pass: tokens, positions, segment_ids int32 [B, T] -> (hidden [B, T, D] after the final norm, aux).
 
     aux: "loss" float32, the router losses times their coefficients, to be added to the loss; "router/load_balance", "router/z",
     "router/entropy" (nats), means over layers; "router/max_load", the busiest expert's load over the balanced one; "load" [L, E], share
     of pairs per expert. Padding (segment 0) counts in none of them.
+    routes [B, T, L, A]: experts recorded while sampling (decode.step with record=True), used in place of the router's own choice with
+    this forward's probabilities renormalised on them (router replay, arXiv 2510.11370); -1: choose freely. None: no replay.
     """
     runs, valid = number_runs(segment_ids), segment_ids > 0
     cos, sin = rotary_angles(positions, cfg.rotary_dim, cfg.rope_theta)
     with jax.named_scope("embed"):
         x = embed(params["embed_tokens"], tokens, cfg)
 
-    def block(x, p):
-        return apply_block(p, x, runs, valid, cos, sin, cfg)
+    if routes is not None:
+        routes = jnp.moveaxis(routes.reshape(*tokens.shape, cfg.num_blocks, cfg.block_layers, -1), (2, 3), (0, 1))
+
+    def block(x, xs):
+        return apply_block(xs[0], x, runs, valid, cos, sin, cfg, xs[1])
 
     if cfg.remat == "block":
         # The scan keeps forward and backward apart already, so the barrier against common subexpressions would only cost.
         block = jax.checkpoint(block, prevent_cse=False)
-    x, statistics = jax.lax.scan(block, x, params["blocks"])
+    x, statistics = jax.lax.scan(block, x, (params["blocks"], routes))
     with jax.named_scope("norm"):
         hidden = rms_norm(x, params["norm"], cfg.norm_eps)
     return hidden, summarise(statistics, cfg)
@@ -83,6 +93,7 @@ def apply_block(
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
     cfg: ModelConfig,
+    routes: Int[Array, "layers B T A"] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict]:
     """One block of cfg.block_layers layers: x [B, T, D] -> (x, router statistics, [block_layers, ...] each)."""
     statistics = []
@@ -97,7 +108,8 @@ def apply_block(
                 with jax.named_scope("gated_delta"):
                     x = x + gated_delta.apply(layer["linear_attn"], h, runs, cfg)
             with jax.named_scope("moe"):
-                h, aux = moe.apply(layer["mlp"], rms_norm(x, layer["post_attention_layernorm"], cfg.norm_eps), valid, cfg)
+                h = rms_norm(x, layer["post_attention_layernorm"], cfg.norm_eps)
+                h, aux = moe.apply(layer["mlp"], h, valid, cfg, None if routes is None else routes[j])
             x = constrain(x + h, "batch", "length", "hidden")
         statistics.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)

@@ -37,6 +37,7 @@ class Limits:
     temperature: float = 1.0  # 0 is greedy
     retries: int = 1  # times an ABORTED run is begun anew
     show_tools: bool = False  # put the tool schemas into the system turn; tiny models know their tools from training
+    record_routes: bool = False  # keep the experts every token took (Rollout.routes): 2 bytes x layers x active experts per token
 
     def __post_init__(self):
         for name in ("slots", "max_turns", "max_turn_tokens", "max_length"):
@@ -64,7 +65,7 @@ class Engine:
 
     def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, limits: Limits):
         self.cfg, self.tokenizer, self.limits = cfg, tokenizer, limits
-        self.step = sampler.make_step(cfg, limits.temperature)
+        self.step = sampler.make_step(cfg, limits.temperature, limits.record_routes)
         self.prompts: dict[str, np.ndarray] = {}
 
     def run(
@@ -92,6 +93,8 @@ class _Session:
         self.sampled = np.zeros((b, s), np.float32)
         self.logp = np.zeros((b, s), np.float32)
         self.uniforms = np.zeros((b, s), np.float32)
+        layers, active = engine.cfg.num_layers, engine.cfg.num_experts_active
+        self.routes = np.full((b, s, layers, active), -1, np.int16) if self.limits.record_routes else None
         self.known = np.zeros(b, np.int64)  # tokens of the run that are fixed
         self.fed = np.zeros(b, np.int64)  # tokens the model has seen
         self.turn_start = np.zeros(b, np.int64)
@@ -107,10 +110,12 @@ class _Session:
         while any(run is not None for run in self.runs):
             active = np.array([run is not None for run in self.runs])
             at = np.minimum(self.fed, self.limits.max_length - 1)
-            ids, logp, cache = self.engine.step(
+            ids, logp, cache, *routes = self.engine.step(
                 self.params, cache, self.tokens[slots, at], self.reset.copy(), active, self.uniforms[slots, at]
             )
             ids, logp = np.asarray(ids), np.asarray(logp)
+            if self.routes is not None:
+                self.routes[slots[active], at[active]] = np.asarray(routes[0])[active]
             self.reset[:] = False
             self.fed += active
             self.counts["decode_steps"] += 1
@@ -135,6 +140,8 @@ class _Session:
             prompt = self.engine.prompt(task)
             s = self.limits.max_length
             self.sampled[slot], self.logp[slot] = 0.0, 0.0
+            if self.routes is not None:
+                self.routes[slot] = -1
             self.runs[slot] = _Run(index, attempt, task, task.reset(), list(task.messages()), [])
             if len(prompt) >= s:  # no room for a single answer token
                 self.tokens[slot, :] = prompt[:s]
@@ -218,7 +225,9 @@ class _Session:
         if status is None:
             trajectory = judge(task, trajectory)
         arrays = (self.tokens[slot, :end].copy(), self.sampled[slot, :end].copy(), self.logp[slot, :end].copy())
-        self.done[run.index] = Rollout(task.task_id, task.domain, *arrays, trajectory.status, trajectory.reward, run.turns, trajectory)
+        result = (trajectory.status, trajectory.reward, run.turns, trajectory)
+        routes = None if self.routes is None else self.routes[slot, :end].copy()
+        self.done[run.index] = Rollout(task.task_id, task.domain, *arrays, *result, routes)
         if self.on_done:
             self.on_done(1)
         if refill:

@@ -60,14 +60,17 @@ def _possible(possible: jax.Array, place: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=16)
-def make_step(cfg: ModelConfig, temperature: float):
-    """step(params, cache, tokens [B], reset [B], active [B], uniforms [B]) -> (ids [B], logp [B], cache); the cache is donated."""
+def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
+    """step(params, cache, tokens [B], reset [B], active [B], uniforms [B]) -> (ids [B], logp [B], cache); the cache is donated.
+
+    record: also the experts that the token fed took, int16 [B, L, A], -1 where not active.
+    """
 
     def step(params: Params, cache: Any, tokens, reset, active, uniforms):
-        hidden, cache = decode.step(params, cache, tokens, cfg, reset=reset, active=active)
+        hidden, cache, *routes = decode.step(params, cache, tokens, cfg, reset=reset, active=active, record=record)
         logits = hidden @ transformer.unembed(params, cfg).T.astype(hidden.dtype)
         ids, logp = sample(logits, uniforms, temperature)
-        return ids, logp, cache
+        return ids, logp, cache, *routes
 
     return jax.jit(step, donate_argnums=(1,))
 

@@ -24,7 +24,7 @@ from ..config import Binding, ConfigError, bind
 from ..data import packing
 from ..losses import distill as distill_loss
 from ..losses import masked
-from ..models import transformer
+from ..models import moe, transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import ABORTED, Batch, Metrics, Params, Rollout, TrainState
@@ -48,6 +48,7 @@ class DistillConfig:
     coverage: bool = True  # also measure how much of the student's mass S holds; costs one log-sum-exp over the vocabulary
     optimizer: Binding = bind(optim.adamw, learning_rate=1e-3, final=1.0, weight_decay=0.0)  # a function of (specs, steps)
     limits: Limits = Limits()  # budgets of the rollouts
+    replay_routes: bool = False  # train through the experts taken while sampling (arXiv 2510.11370); needs limits.record_routes
     microbatches: int = 1  # gradient accumulation
     vocab_block: int = 8192  # ids per block when teachers are scored
     save_every: int = 20  # steps between checkpoints
@@ -62,6 +63,8 @@ class DistillConfig:
             raise ConfigError(
                 f"DistillConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long"
             )
+        if self.replay_routes and not self.limits.record_routes:
+            raise ConfigError("DistillConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
 
 
 def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, Any]:
@@ -70,9 +73,9 @@ def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, A
 
 
 def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig, cfg: DistillConfig) -> tuple[jax.Array, Metrics]:
-    """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated."""
+    """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated. Routes in the batch are replayed."""
     batch, flat = data["batch"], lambda x: x.reshape(-1, *x.shape[2:])
-    hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
+    hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model, batch.routes)
     value, out = distill_loss.sva(
         flat(hidden),
         transformer.unembed(params, model),
@@ -96,7 +99,10 @@ def finish(sums: Metrics) -> Metrics:
 
 
 def score(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int) -> dict[str, jax.Array]:
-    """A teacher's k best ids at every position: {"support" int32, "teacher_logits" [B, T, k], "teacher_logsumexp" [B, T]}."""
+    """A teacher's k best ids at every position: {"support" int32, "teacher_logits" [B, T, k], "teacher_logsumexp" [B, T]}.
+
+    It chooses its own experts: the routes in the batch are the student's.
+    """
     hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
     flat = hidden.reshape(-1, hidden.shape[-1])
     found = distill_loss.teacher_targets(flat, transformer.unembed(teacher, model), k, block)
@@ -108,12 +114,23 @@ def score(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int)
     }
 
 
-def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int) -> tuple[Batch, int]:
-    """The runs of one domain as [rows, max_length] (padding rows where there are fewer) and how many runs found no room."""
-    examples = [packing.Example(tokens=r.tokens, mask=r.sampled, domain=index) for r in rollouts if r.status != ABORTED]
+def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> tuple[Batch, int]:
+    """The runs of one domain as [rows, max_length] (padding rows where there are fewer) and how many runs found no room.
+
+    replay: the model whose recorded routes are laid out too. Raises ConfigError where they do not fit it.
+    """
+    runs = [r for r in rollouts if r.status != ABORTED]
+    shape = None
+    if replay is not None:
+        shape = (replay.num_layers, replay.num_experts_active)
+        for r in runs:
+            if r.routes is None:
+                raise ConfigError(f"run {r.task_id} has no recorded routes to replay: sample with limits.record_routes = True")
+            moe.check_routes(r.routes, replay)
+    examples = [packing.Example(tokens=r.tokens, mask=r.sampled, domain=index, routes=r.routes) for r in runs]
     packed, _ = packing.pack(examples, max_length, policy="drop")
     left_out = sum(len(row) for row in packed[rows:])
-    return packing.to_batch([*packed[:rows], *[()] * (rows - len(packed))], max_length), left_out
+    return packing.to_batch([*packed[:rows], *[()] * (rows - len(packed))], max_length, routes=shape), left_out
 
 
 class OnPolicy:
@@ -129,9 +146,9 @@ class OnPolicy:
         tasks = [t for d in setting.domains for t in experts.prompts(d, cfg.lengths, cfg.prompts, at, setting.seed)]
         rollouts, counts = self.engine.run(state.params, tasks, seed=setting.seed * 1_000_003 + at)
         sampled = time.perf_counter()
-        pieces, left_out = [], 0
+        pieces, left_out, replay = [], 0, setting.model if cfg.replay_routes else None
         for index, domain in enumerate(setting.domains):
-            batch, lost = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length)
+            batch, lost = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length, replay)
             batch, left_out = setting.put(batch), left_out + lost
             pieces.append({"batch": batch, **self.score(self.teachers[domain], batch)})
         data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)

@@ -89,8 +89,9 @@ def finish(sums: Metrics) -> Metrics:
 
 
 def router_metrics(aux: Metrics, share: float) -> Metrics:
-    """The router's scalars in a model's aux, scaled so that micro-batches add up to their mean."""
-    return {name: share * value for name, value in aux.items() if name.startswith("router/")}
+    """What a model's aux says of its router, scaled so that micro-batches add up to their mean: scalars "router/load_balance", "router/z",
+    "router/entropy", "router/max_load", and the array "router/load" [L, E], each expert's share of the pairs in its layer."""
+    return {**{name: share * value for name, value in aux.items() if name.startswith("router/")}, "router/load": share * aux["load"]}
 
 
 class Packed:

@@ -11,7 +11,7 @@ from a1jax import params as param_specs
 from a1jax.config import ConfigError
 from a1jax.data import chat
 from a1jax.domains import DOMAINS, solve
-from a1jax.models import transformer
+from a1jax.models import decode, transformer
 from a1jax.rollout.agent import Engine, Limits
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
 
@@ -96,6 +96,26 @@ def test_same_seed_same_rollouts_whatever_the_slots(tokenizer, model):
         np.testing.assert_array_equal(a.logp, b.logp)
         np.testing.assert_array_equal(a.tokens, c.tokens)
     assert any(len(a.tokens) != len(d.tokens) or (a.tokens != d.tokens).any() for a, d in zip(one, other, strict=True))
+
+
+def test_recorded_routes_are_those_of_the_training_forward(tokenizer, model):
+    """Eight runs in three slots, so that slots are used again: nothing of an earlier run may stay behind."""
+    cfg = dataclasses.replace(model[0], num_experts=6)
+    params = param_specs.init(transformer.specs(cfg), jax.random.key(0))
+    limits = dataclasses.replace(LIMITS, slots=3, record_routes=True)
+    done, _ = Engine(cfg, tokenizer, limits).run(params, tasks(), seed=3)
+    plain, _ = Engine(cfg, tokenizer, dataclasses.replace(limits, record_routes=False)).run(params, tasks(), seed=3)
+    cache, fill = decode.init_cache(cfg, 1, LIMITS.max_length), jax.jit(decode.prefill, static_argnames=("cfg", "record"))
+    for run, other in zip(done, plain, strict=True):
+        np.testing.assert_array_equal(run.tokens, other.tokens)
+        assert other.routes is None
+        n = len(run.tokens)
+        assert run.routes.shape == (n, cfg.num_layers, cfg.num_experts_active) and run.routes.dtype == np.int16
+        assert (run.routes[n - 1] == -1).all()  # sampled, but never fed
+        padded = np.pad(run.tokens, (0, LIMITS.max_length - n))[None]
+        *_, routes = fill(params, cache, padded, np.array([n], np.int32), cfg=cfg, reset=np.array([True]), record=True)
+        np.testing.assert_array_equal(run.routes[:-1], routes[0, : n - 1])
+    assert min(len(run.tokens) for run in done) < max(len(run.tokens) for run in done)
 
 
 def test_a_turn_that_never_ends_is_cut_and_kept(tokenizer, model):

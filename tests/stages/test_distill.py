@@ -125,6 +125,67 @@ def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(set
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
 
 
+@pytest.fixture()
+def routing(setting):
+    """The setting with a router that has something to choose, and a configuration that records and replays."""
+    model = dataclasses.replace(setting.model, num_experts=6, load_balance_coef=0.0)
+    return dataclasses.replace(setting, model=model), dataclasses.replace(
+        CFG, replay_routes=True, limits=dataclasses.replace(LIMITS, record_routes=True)
+    )
+
+
+def test_recorded_routes_are_replayed(routing):
+    """A rollout, packed: the loss is the one without replay as long as the router is the one that sampled. When it is another one, the
+    experts stay those of the record."""
+    setting, cfg = routing
+    student = setting.init_params()
+    other = jax.tree_util.tree_map_with_path(
+        lambda path, p: p + jax.random.normal(jax.random.key(5), p.shape) if path[-1].key == "gate" else p, student
+    )
+    teachers = {d: other for d in setting.domains}
+    source = distill.OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), teachers)
+    data, _ = source.next(train.init_state(student, optim.adamw(setting.specs, 1), 0))
+    data = distill.weigh(data, 2, "domain_mean")
+    routes, valid = np.array(data["batch"].routes), np.asarray(data["batch"].segment_ids) > 0
+    last = valid & np.pad(np.diff(np.asarray(data["batch"].segment_ids)) != 0, ((0, 0), (0, 1)), constant_values=True)
+    np.testing.assert_array_equal((routes >= 0).all((2, 3)), valid & ~last)
+    loss = jax.jit(lambda p, data: distill.loss(p, data, 1.0, setting.model, cfg))
+    free = {**data, "batch": data["batch"].replace(routes=None)}
+    np.testing.assert_allclose(loss(student, data)[0], loss(student, free)[0], rtol=1e-6)
+    own = source.score(other, free["batch"])["teacher_logits"]  # whole batch at once: one teacher has both domains here
+    np.testing.assert_allclose(data["teacher_logits"], own, atol=1e-4)
+
+    routes[last] = np.arange(2)  # so that every expert used is known
+    data = {**data, "batch": data["batch"].replace(routes=jnp.asarray(routes))}
+    (value, out), (unforced, moved) = loss(other, data), loss(other, free)
+    counts = np.stack([np.bincount(routes[:, :, i][valid].ravel(), minlength=6) for i in range(setting.model.num_layers)])
+    np.testing.assert_allclose(out["router/load"], counts / counts.sum(1, keepdims=True), rtol=1e-5)
+    assert np.abs(moved["router/load"] - out["router/load"]).max() > 0.05
+    assert abs(value - unforced) > 1e-4 and abs(value - loss(student, data)[0]) > 1e-4
+
+
+def test_training_with_replay_runs_and_reports_the_load_of_every_expert(routing):
+    setting, cfg = routing
+    student = setting.init_params()
+    cfg = dataclasses.replace(cfg, steps=1, microbatches=2, optimizer=bind(optim.adamw, learning_rate=1e-3))
+    distill.run(cfg, student, {d: student for d in setting.domains}, setting)
+    for line in metrics.read(setting.workdir):
+        load = np.array(line["router/load"])
+        assert load.shape == (setting.model.num_layers, 6)
+        np.testing.assert_allclose(load.sum(1), 1, atol=0.01)
+        assert {"router/load_balance", "router/z", "router/entropy", "router/max_load"} <= set(line)
+
+
+def test_replay_without_a_record_is_refused(setting):
+    with pytest.raises(ConfigError, match="set limits.record_routes"):
+        DistillConfig(replay_routes=True)
+    with pytest.raises(ConfigError, match="run t has no recorded routes"):
+        distill.pack_domain([rollout()], 0, 1, 24, setting.model)
+    with pytest.raises(ConfigError, match="2 different experts below 2"):
+        wrong = np.full((20, setting.model.num_layers, 2), 7, np.int16)
+        distill.pack_domain([dataclasses.replace(rollout(), routes=wrong)], 0, 1, 24, setting.model)
+
+
 def test_a_domain_without_a_teacher_and_rows_too_short_are_refused(setting, models):
     with pytest.raises(ConfigError, match="no teacher for domain tool_calling"):
         distill.run(CFG, models[0], {"search": models[0]}, setting)
