@@ -180,8 +180,8 @@ def small(**changes) -> ModelConfig:
 
 def medium(**changes) -> ModelConfig:
     """Width 256, eight layers in the reference's pattern, grouped heads and 16 experts: the largest that trains on a CPU in hours."""
-    sizes = {"d_model": 256, "num_layers": 8, "full_attention_interval": 4, "num_heads": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-             "num_experts": 16, "expert_width": 256, "shared_expert_width": 256, "moe": "blocked"}  # fmt: skip
+    sizes = {"d_model": 256, "num_layers": 8, "full_attention_interval": 4, "num_heads": 8, "linear_num_key_heads": 4,
+             "linear_num_value_heads": 8, "num_experts": 16, "expert_width": 256, "shared_expert_width": 256, "moe": "blocked"}  # fmt: skip
     return _small(**{**sizes, **changes})
 
 

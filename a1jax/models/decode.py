@@ -32,6 +32,19 @@ def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
     return {"position": jnp.zeros((batch,), jnp.int32), "layers": [layer(i) for i in range(cfg.num_layers)]}
 
 
+def layer_params(params: dict, layer: int, cfg: ModelConfig) -> dict:
+    """The parameters of one layer."""
+    n, j = divmod(layer, cfg.block_layers)
+    return jax.tree.map(lambda w: w[n], params["blocks"][str(j)])
+
+
+def unstack(params: dict, cfg: ModelConfig) -> dict:
+    """The same parameters, layer by layer under "layers", for step and prefill: a layer cut out of the stacked ones inside a step is
+    copied at every step on a CPU. Costs a second copy of them."""
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    return {**rest, "layers": [layer_params(params, i, cfg) for i in range(cfg.num_layers)]}
+
+
 def step(
     params: dict,
     cache: dict,
@@ -119,8 +132,7 @@ def through_layers(
     x = embed(params["embed_tokens"], tokens, cfg)
     caches, routes = [], []
     for i, cache in enumerate(layers):
-        n, j = divmod(i, cfg.block_layers)
-        p = jax.tree.map(lambda w, n=n: w[n], params["blocks"][str(j)])
+        p = params["layers"][i] if "layers" in params else layer_params(params, i, cfg)
         h = rms_norm(x, p["input_layernorm"], cfg.norm_eps)
         h, cache = attend(p["self_attn"], h, cache, cos, sin) if cfg.is_full_attention(i) else recur(p["linear_attn"], h, cache)
         x = x + h

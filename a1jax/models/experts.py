@@ -26,7 +26,9 @@ def experts_local(
     """The routed experts here: x [B, T, D], weights [B, T, E] -> [B, T, D], by the form that cfg.moe names."""
     flat, per_token = x.reshape(-1, x.shape[-1]), weights.reshape(-1, weights.shape[-1])
     (rows, e), active = per_token.shape, min(cfg.num_experts_active, down.shape[0])
-    few = rows * (e - active) <= e * BLOCK_ROWS  # a decoding step: filling up the blocks would cost more than all experts on all tokens
+    # A decoding step: filling up the blocks, and copying weights for them (as dear as their matmul), would cost more than all experts
+    # on all tokens.
+    few = rows * e <= 2 * (rows * active + e * BLOCK_ROWS)
     if cfg.moe == "dense" or (cfg.moe == "blocked" and few):
         return experts_dense(flat, per_token, gate_up, down).reshape(x.shape)
     sparse = experts_ragged if cfg.moe == "ragged" else experts_blocked

@@ -84,7 +84,8 @@ class Engine:
 
 class _Session:
     def __init__(self, engine: Engine, params: Params, tasks: Sequence[Task], seed: int, on_done):
-        self.engine, self.params, self.tasks, self.seed, self.on_done = engine, params, tasks, seed, on_done
+        self.engine, self.tasks, self.seed, self.on_done = engine, tasks, seed, on_done
+        self.params = sampler.make_unstack(engine.cfg)(params)
         self.limits, self.tokenizer = engine.limits, engine.tokenizer
         b, s = self.limits.slots, self.limits.max_length  # one shape, one compilation, whatever the number of tasks
         self.waiting = deque((i, 0) for i in range(len(tasks)))

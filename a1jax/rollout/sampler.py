@@ -75,6 +75,14 @@ def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
     return jax.jit(step, donate_argnums=(1,))
 
 
+@functools.lru_cache(maxsize=16)
+def make_unstack(cfg: ModelConfig):
+    """params -> params as decode.step reads them fastest; costs a second copy of the layers where there is more than one block."""
+    if cfg.num_blocks == 1:
+        return lambda params: params
+    return jax.jit(functools.partial(decode.unstack, cfg=cfg))
+
+
 def run_uniforms(seed: int, run: int, attempt: int, length: int) -> np.ndarray:
     """The numbers one run samples with: float32 [length], fixed by (seed, run, attempt)."""
     return np.random.default_rng([seed, run, attempt]).random(length, dtype=np.float32)

@@ -26,10 +26,11 @@ def played(weights, cfg):
         reset[t] |= active[t] & (fed > ROOM)
         fed = np.where(reset[t] & active[t], 1, fed)
     cache, outs, caches = decode.init_cache(cfg, SLOTS, ROOM), [], []
+    params = decode.unstack(weights, cfg)  # test_prefill has them stacked
     step = jit(lambda p, cache, tokens, reset, active: decode.step(p, cache, tokens, cfg, reset, active), donate_argnums=1)
-    step = step.lower(weights, cache, tokens[0], reset[0], active[0]).compile()
+    step = step.lower(params, cache, tokens[0], reset[0], active[0]).compile()
     for t in range(STEPS):
-        out, cache = step(weights, cache, tokens[t], reset[t], active[t])
+        out, cache = step(params, cache, tokens[t], reset[t], active[t])
         outs.append(np.asarray(out))
         caches.append(jax.tree.map(np.array, cache))
     return tokens, active, reset, np.stack(outs), caches, step.as_text()
