@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -148,7 +149,8 @@ def test_the_readme_has_its_two_lines():
         config.check(config.load(str(ROOT / spec)))
 
 
-EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+BENCHES = sorted(ROOT.glob("experiments/bench_*.py"))
+EXPERIMENTS = sorted(set(ROOT.glob("experiments/*.py")) - set(BENCHES))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -169,5 +171,12 @@ def test_an_experiment_says_what_it_is_and_loads_with_every_documented_arg(path,
         config.load(f"{path}:no_such_arg")
 
 
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_a_bench_says_how_it_is_run(path):
+    done = subprocess.run([sys.executable, "-m", f"experiments.{path.stem}", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m experiments.{path.stem}" in ast.get_docstring(ast.parse(path.read_text()))
+
+
 def test_there_are_experiments():
-    assert EXPERIMENTS
+    assert EXPERIMENTS and BENCHES

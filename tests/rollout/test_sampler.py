@@ -38,11 +38,11 @@ def test_impossible_ids_are_never_sampled():
 
 def test_inversion_equals_the_running_sum_at_any_vocabulary():
     rng = np.random.default_rng(0)
-    for v in (1, 2, 63, 64, 65, 500, 3001):
+    for v in (1, 65, 3001):
         weights = rng.exponential(size=(400, v)).astype(np.float32) * (rng.random((400, v)) < 0.3)
         weights[np.arange(400), rng.integers(0, v, 400)] = 1.0
         uniforms = rng.random(400, dtype=np.float32)
-        ids = np.asarray(invert(jnp.asarray(weights), jnp.asarray(uniforms)))
+        ids = np.asarray(jax.jit(invert)(weights, uniforms))
         ends = np.cumsum(weights.astype(np.float64), axis=1)
         target, rows = uniforms * ends[:, -1], np.arange(400)
         assert np.all(weights[rows, ids] > 0)
