@@ -117,6 +117,7 @@ def test_logits_and_every_gradient(case, name):
     leaves = hf_names.flat(gradients)
     pieces = hf_names.pieces(it.cfg)
     assert {piece.name for piece in pieces} == set(it.gradients)
+    worst = 0.0
     for piece in pieces:
         part = np.asarray(leaves[piece.path])[tuple(slice(*pair) for pair in piece.box)]
         got, wanted = piece.oriented(part).reshape(piece.shape), it.gradients[piece.name]
@@ -126,6 +127,8 @@ def test_logits_and_every_gradient(case, name):
         assert np.linalg.norm(wanted) > 1e-6, piece.name
         assert np.linalg.norm(got - wanted) <= 1e-3 * np.linalg.norm(wanted), piece.name
         assert np.abs(got - wanted).max() <= 1e-3 * np.abs(wanted).max(), piece.name
+        worst = max(worst, np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    print(f"logits {np.abs(logits - it.logits).max():.1e}, gradients {worst:.1e}, margin {routed_clearly(it):.1e}")
 
 
 @pytest.mark.parametrize("name", ["as published", "irregular, 64 experts"])

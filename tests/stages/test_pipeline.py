@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from a1jax import config
+from a1jax import config, main
 from a1jax.config import ConfigError
+from a1jax.models import hf
 from a1jax.stages import pipeline, teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -71,6 +72,13 @@ def test_a_finished_run_says_so_and_prints_its_table(smoke):
     assert process.returncode == 0, err
     assert "is finished" in again and again.split("Success on")[1] == out.split("Success on")[1]
     assert (workdir / "results.json").read_bytes() == before
+
+
+def test_a_stage_of_a_run_can_be_exported(smoke, tmp_path):
+    """The quickstart's model scales its embedding, which theirs does not: it is written as two tables."""
+    assert main.main(["export", str(smoke[0]), str(tmp_path / "out"), "--stage", "distill"]) == 0
+    params, cfg = hf.load(tmp_path / "out")
+    assert not cfg.tie_embeddings and cfg.d_model**0.5 * abs(params["lm_head"] - params["embed_tokens"] / cfg.d_model**0.5).max() < 1e-5
 
 
 def quickstart():
