@@ -88,7 +88,7 @@ def prefill(
 
     Returns (hidden [B, T, D] after the final norm, cache); `last` picks each slot's newest hidden state. A slot goes on from what it
     holds, so a prompt may come in pieces and a long observation in one call; reset as in step, before the first of these tokens.
-    Length 0: the slot is inactive, kept bit for bit. What stands behind a slot's length is never read, and hidden means nothing there.
+    Length 0: the slot is inactive, kept bit for bit. What stands behind a slot's length reaches nothing, and hidden means nothing there.
     record (static): also the experts taken, int16 [B, T, L, A], -1 behind a slot's length. Donate the cache, as for step.
     """
     fed = lengths > 0
@@ -102,7 +102,6 @@ def prefill(
     def recur(p, x, layer):
         return gated_delta_prefill(p, x, layer, reset, lengths, valid, cfg)
 
-    tokens = jnp.where(valid, tokens, 0)
     hidden, layers, routes = through_layers(params, cache["layers"], tokens, position, valid, attend, recur, cfg, record)
     cache = {"position": jnp.where(fed, start + lengths, cache["position"]), "layers": layers}
     return (hidden, cache, routes) if record else (hidden, cache)
@@ -209,8 +208,6 @@ def gated_delta_prefill(p: dict, x: jax.Array, cache: dict, reset, lengths, vali
     q, k, v = gated_delta.split_heads(causal_conv(inputs, p["conv1d"], runs)[:, past:], cfg)
     g, beta = (jnp.where(valid[..., None], y, 0) for y in gated_delta.gates(p, x))  # decay 1, strength 0: the state stays
     chunk = min(cfg.delta_chunk, 1 << (t - 1).bit_length())
-    out, after = gated_delta.delta_rule(q, k, v, g, beta, runs[:, past:], chunk, state, open_run=runs[:, 0])
+    out, state = gated_delta.delta_rule(q, k, v, g, beta, runs[:, past:], chunk, state, open_run=runs[:, 0])
     newest = (lengths[:, None] + jnp.arange(past)[None])[..., None]  # also shorter than the window: then it is part of the old one
-    fed = (lengths > 0)[:, None, None, None]
-    cache = {"window": jnp.take_along_axis(inputs, newest, axis=1), "state": jnp.where(fed, after, state)}
-    return gated_delta.output(p, out, x, cfg), cache
+    return gated_delta.output(p, out, x, cfg), {"window": jnp.take_along_axis(inputs, newest, axis=1), "state": state}

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from a1jax import params as specs
+from a1jax import sharding
 from a1jax.models import decode, transformer
 from a1jax.models.config import qwen3_5_35b_a3b
 
@@ -215,3 +217,17 @@ def test_only_the_ten_attention_layers_of_the_base_model_grow_with_the_context()
     grown = np.subtract(long, short) / (262_144 - 1024)
     np.testing.assert_array_equal(grown, [2048 if i % 4 == 3 else 0 for i in range(40)])
     assert grown.sum() == 20_480 and short[0] == long[0] == 3 * 8192 * 2 + 32 * 128 * 128 * 4
+
+
+def test_under_a_mesh_nothing_changes(weights, cfg, slots):
+    mesh = sharding.make_mesh({"data": 2, "expert": 2, "tensor": 2})
+    placed = jax.device_put(weights, specs.shardings(transformer.specs(cfg), mesh))
+    tokens = np.random.default_rng(8).integers(0, VOCAB, (SLOTS, WIDE)).astype(np.int32)
+    lengths = np.array(PROMPTS)
+    with jax.set_mesh(mesh):
+        many = Slots(placed, cfg, SLOTS, ROOM)
+        got = many.feed(tokens, lengths, np.ones(SLOTS, bool)), many.step(tokens[:, 0], np.ones(SLOTS, bool), lengths == 0)
+    expected = slots.feed(tokens, lengths, np.ones(SLOTS, bool)), slots.step(tokens[:, 0], np.ones(SLOTS, bool), lengths == 0)
+    fed = np.arange(WIDE)[None] < lengths[:, None]
+    np.testing.assert_allclose(got[0][fed], expected[0][fed], atol=1e-4)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-4)
