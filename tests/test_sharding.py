@@ -12,7 +12,7 @@ from a1jax.config import ConfigError
 
 def test_a_mesh_has_all_axes():
     mesh = sharding.make_mesh({"expert": 4, "data": 2})
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor") and mesh.devices.shape == (2, 1, 4, 1)
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor") and mesh.devices.shape == (2, 1, 4, 1, 1)
     assert sharding.make_mesh({}, jax.devices()[:1]).size == 1
 
 
@@ -20,7 +20,7 @@ def test_a_mesh_has_all_axes():
     ("shape", "message"),
     [
         ({"data": 3}, "needs 3 devices, here are 8"),
-        ({"rows": 8}, "mesh axis 'rows' is unknown: use data, fsdp, expert, tensor"),
+        ({"rows": 8}, "mesh axis 'rows' is unknown: use data, fsdp, expert, context, tensor"),
         ({"data": 0}, "mesh axis 'data' has size 0"),
     ],
 )
