@@ -27,12 +27,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "hidden": (),
     "width_rows": ("data",),  # the three of models.layers.embed: rows while their width is cut by "embed", ...
     "width_length": (),  # ... the length beside them, ...
-    "width": ("context",),  # ... and the width once the rows are where they belong
+    "width": ("fsdp", "expert"),  # ... and the width once the length is where it belongs
     # weights. "embed" has every axis that cuts tokens but data, which makes it fully sharded data parallelism: a weight is gathered
     # when it is used, its gradient is summed and cut in one exchange. context is one of them: the gather is as long either way, and
     # the sum over context, which copies would need too, leaves each device its part only.
     "layers": (),
-    "embed": ("context", "fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -137,7 +137,14 @@ def over_shards(
     An argument that several devices share gets the sum of their gradients. That is why the check of varying axes is off: with it, jax
     would leave the sum to the function, and custom gradients inside (matrix products, convolution, attention) do not sum.
     """
-    specs = tuple(activation_spec(x.shape, axes) for x, axes in arguments)
+    mesh = jax.sharding.get_abstract_mesh()
+    single = tuple(name for name in mesh.axis_names if mesh.shape[name] == 1)  # named, or the sum would be asked for over them too
+
+    def spec(x, axes):
+        head, *rest = activation_spec(x.shape, axes)
+        return P((*(head if isinstance(head, tuple) else [head] if head else []), *single), *rest)
+
+    specs = tuple(spec(x, axes) for x, axes in arguments)
     run = jax.shard_map(function, in_specs=specs, out_specs=activation_spec(out_shape, out_axes), check_vma=False)
     return run(*(x for x, _ in arguments))
 

@@ -310,7 +310,7 @@ def mix_sharded(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg:
             past = cfg.conv_width - 1 if context else 0
             around = jnp.concatenate([halo(runs + 1, past, context) - 1, runs], axis=1) if past else runs
             with_past = ((jnp.concatenate([halo(y, past, context), y], axis=1) if past else y) for y in (q, k, v))
-            q, k, v = (causal_conv(y, taps, around)[:, past:] for y, taps in zip(with_past, (tap_q, tap_k, tap_v), strict=True))
+            q, k, v = (causal_conv(y, w, around)[:, past:] for y, w in zip(with_past, (tap_q, tap_k, tap_v), strict=True))
             q, k, v = into_heads(q, k, v, cfg)
         if keys is None:
             q, k = (own_heads(y, v.shape[2], heads, "linear_heads") for y in (q, k))
@@ -321,7 +321,7 @@ def mix_sharded(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg:
 
     by_head = keys, keys, "linear_heads"
     arguments = [(y, ("batch", "length", axis)) for y, axis in zip(columns, by_head, strict=True)]
-    arguments += [(taps, ("tap", axis)) for taps, axis in zip(split_qkv(p["conv1d"], cfg), by_head, strict=True)]
+    arguments += [(y, ("tap", axis)) for y, axis in zip(split_qkv(p["conv1d"], cfg), by_head, strict=True)]
     arguments += [(y, ("batch", "length", "linear_heads")) for y in (g, beta)] + [(runs, ("batch", "length"))]
     return over_shards(local, arguments, (b, t, heads, cfg.linear_value_head_dim), ("batch", "length", "linear_heads", None))
 

@@ -163,12 +163,12 @@ def own_heads(x: Float[Array, "B T K F"], heads: int, of: int, axis: str) -> Flo
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "*lead"], cfg: ModelConfig) -> Float[Array, "*lead D"]:
     """Rows of the table [V, D] in the compute type, times sqrt(D) if the configuration says so: tokens [B] or [B, T] -> [..., D].
 
-    Under a mesh every device looks up its part of the width for all the tokens that share it, and one exchange per direction, rows
-    and length, turns parts of the width into whole rows; the table itself stays where it lies.
+    Under a mesh every device looks up its part of the width for all the tokens that share it, and two exchanges, along the length and
+    along the rows, turn parts of the width into whole tokens; the table itself stays where it lies.
     """
     lookup, length = ("width_length",) * (tokens.ndim - 1), ("length",) * (tokens.ndim - 1)
     tokens = constrain(tokens, "width_rows", *lookup)
     x = constrain(table[tokens].astype(cfg.dtype), "width_rows", *lookup, "embed")
-    x = constrain(x, "batch", *lookup, "width")
+    x = constrain(x, "width_rows", *length, "width")
     x = constrain(x, "batch", *length, "hidden")
     return x * math.sqrt(cfg.d_model) if cfg.scale_embeddings else x
