@@ -273,7 +273,7 @@ def delta_rule_across(
     context: Axes,
 ) -> Float32[Array, "B T H DV"]:
     """delta_rule of whole rows, inside sharding.over_shards: every argument is this shard's part, and so is the result."""
-    open_run = shift(runs[:, -1] + 1, 1, context) - 1  # -1 before the first shard: no run has it
+    open_run = shift(runs[:, -1], 1, context)  # 0 before the first shard, perhaps its own run: the state is zero there
     return join(play_across(prepare(q, k, v, g, beta, runs, chunk, open_run), context), v.shape[1])
 
 
@@ -308,7 +308,7 @@ def mix_sharded(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg:
     def local(q, k, v, tap_q, tap_k, tap_v, g, beta, runs):
         with jax.named_scope("conv"):
             past = cfg.conv_width - 1 if context else 0
-            around = jnp.concatenate([halo(runs + 1, past, context) - 1, runs], axis=1) if past else runs
+            around = jnp.concatenate([halo(runs, past, context), runs], axis=1) if past else runs
             with_past = ((jnp.concatenate([halo(y, past, context), y], axis=1) if past else y) for y in (q, k, v))
             q, k, v = (causal_conv(y, w, around)[:, past:] for y, w in zip(with_past, (tap_q, tap_k, tap_v), strict=True))
             q, k, v = into_heads(q, k, v, cfg)
