@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),  # outside the experts the expert axis is one more data axis
     "length": ("context",),  # consecutive pieces of every row
     "hidden": (),
+    "tokens": ("data", "fsdp", "expert", "context"),  # "batch" and "length" in one, see flatten_tokens
     "width_rows": ("data",),  # the three of models.layers.embed: rows while their width is cut by "embed", ...
     "width_length": (),  # ... the length beside them, ...
     "width": ("fsdp", "expert"),  # ... and the width once the length is where it belongs
@@ -123,6 +125,17 @@ def activation_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> P:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, told to lie as its logical axes say (one per dimension); x itself without a mesh. Raises as partition_spec does."""
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes)) if is_sharded() else x
+
+
+def flatten_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [B * T, ...] for what is computed token by token. Without context, row after row; with it, shard after shard (the
+    same order for every array of these B and T), because the plain order would gather the whole rows on every device."""
+    b, t = x.shape[:2]
+    rows, columns = (math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(*of)) for of in (("batch", b), ("length", t)))
+    if columns == 1:
+        return x.reshape(b * t, *x.shape[2:])
+    x = constrain(x, "batch", "length", *[None] * (x.ndim - 2)).reshape(rows, b // rows, columns, t // columns, *x.shape[2:])
+    return constrain(jnp.moveaxis(x, 2, 1).reshape(b * t, *x.shape[4:]), "tokens", *[None] * (x.ndim - 4))
 
 
 def over_shards(

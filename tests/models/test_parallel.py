@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from a1jax import optim, params, sharding, train, types
-from a1jax.config import bind
+from a1jax.config import ConfigError, bind
 from a1jax.models import attention, context, gated_delta, layers, moe, transformer
 from a1jax.stages import sft
 from a1jax.stages.setting import Setting
@@ -92,6 +92,21 @@ SLOW = pytest.mark.slow
 )
 def test_a_layer_with_borders_at_every_offset(cfg, kind, length, shape, changes):
     compare(kind, dataclasses.replace(cfg, **changes), length, shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "message"),
+    [
+        ("delta", {"context": 8}, "axis 'length' of size 12 cannot be cut over context = 8: change the mesh or the size"),
+        ("delta", {"tensor": 8}, "axis 'linear_heads' of size 2 cannot be cut over tensor = 8: change the mesh or the size"),
+        ("attention", {"tensor": 8}, "axis 'heads' of size 4 cannot be cut over tensor = 8: change the mesh or the size"),
+        ("attention", {"context": 8}, "axis 'length' of size 12 cannot be cut over context = 8: change the mesh or the size"),
+    ],
+)
+def test_what_does_not_divide_is_refused_in_one_line(cfg, kind, shape, message):
+    p, apply = mixer(kind, cfg)
+    with jax.set_mesh(sharding.make_mesh(shape)), pytest.raises(ConfigError, match=f"^{message}"):
+        jax.eval_shape(apply, p, jnp.zeros((8, 12, cfg.d_model)), jnp.zeros((8, 12), jnp.int32))
 
 
 @pytest.mark.slow
