@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,28 +19,35 @@ from jax.sharding import PartitionSpec as P
 from a1jax import types
 from a1jax.config import ConfigError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),  # outside the experts the expert axis is one more data axis
-    "width_rows": ("data",),  # rows while their width is cut by "embed", see models.layers.embed
-    "length": (),
+    "length": ("context",),  # consecutive pieces of every row
     "hidden": (),
-    # weights; "embed" and "batch" share axes, which is what makes it fully sharded data parallelism
+    "tokens": ("data", "fsdp", "expert", "context"),  # "batch" and "length" in one, see flatten_tokens
+    "width_rows": ("data",),  # the three of models.layers.embed: rows while their width is cut by "embed", ...
+    "width_length": (),  # ... the length beside them, ...
+    "width": ("fsdp", "expert"),  # ... and the width once the length is where it belongs
+    # weights. "embed" has every axis that cuts tokens but data, which makes it fully sharded data parallelism: a weight is gathered
+    # when it is used, its gradient is summed and cut in one exchange. context is one of them: the gather is as long either way, and
+    # the sum over context, which copies would need too, leaves each device its part only.
     "layers": (),
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "linear_qkv": (),  # q, k, v lie side by side in it: a cut over tensor would not follow the heads
+    "linear_qkv": (),  # q, k, v lie side by side: stored whole, and split by head where it is used, see models.gated_delta.mix_sharded
     "linear_heads": ("tensor",),
     "shared_width": ("tensor",),
     "router": (),
     "norm": (),
     "tap": (),
     "single": (),
-    # experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights
+    # Experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights. They are copied over
+    # data and context: cutting them over context too (models.moe would do it) saves memory of weights, but then every device receives
+    # the tokens of all shards of a row, and the room for pairs of token and expert grows with them.
     "experts": ("expert", "fsdp", "tensor"),
     "expert_in": (),
     "expert_out": (),
@@ -89,10 +98,17 @@ def partition_spec(axes: tuple[str | None, ...], mesh, shape: tuple[int, ...] | 
     return P(*entries)
 
 
-def mesh_axes(axis: str) -> tuple[str, ...]:
-    """Mesh axes (of size above 1, of the current mesh) on which a logical axis lies; () without a mesh."""
+def mesh_axes(axis: str, size: int | None = None) -> tuple[str, ...]:
+    """Mesh axes (of size above 1, of the current mesh) on which a logical axis lies; () without a mesh, and for a dimension of size 1,
+    which is never cut: the one token of a decoding step has no length."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(name for name in RULES[axis] if mesh.shape.get(name, 1) > 1)
+    return () if size == 1 else tuple(name for name in RULES[axis] if mesh.shape.get(name, 1) > 1)
+
+
+def if_even(axis: str, size: int) -> str | None:
+    """The logical axis if the current mesh cuts a dimension of this size evenly over it, else None: for what may also be copied."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if size % math.prod(mesh.shape[name] for name in mesh_axes(axis)) else axis
 
 
 def is_sharded() -> bool:
@@ -100,20 +116,60 @@ def is_sharded() -> bool:
     return jax.sharding.get_abstract_mesh().size > 1
 
 
+def activation_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> P:
+    """partition_spec on the current mesh, where dimensions of size 1 stay whole."""
+    axes = tuple(None if size == 1 else axis for size, axis in zip(shape, axes, strict=True))
+    return partition_spec(axes, jax.sharding.get_abstract_mesh(), shape)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, told to lie as its logical axes say (one per dimension); x itself without a mesh. Raises as partition_spec does."""
-    if not is_sharded():
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, jax.sharding.get_abstract_mesh(), x.shape))
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes)) if is_sharded() else x
+
+
+def flatten_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [B * T, ...] for what is computed token by token. Without context, row after row; with it, shard after shard (the
+    same order for every array of these B and T), because the plain order would gather the whole rows on every device."""
+    b, t = x.shape[:2]
+    rows, columns = (math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(*of)) for of in (("batch", b), ("length", t)))
+    if columns == 1:
+        return x.reshape(b * t, *x.shape[2:])
+    x = constrain(x, "batch", "length", *[None] * (x.ndim - 2)).reshape(rows, b // rows, columns, t // columns, *x.shape[2:])
+    return constrain(jnp.moveaxis(x, 2, 1).reshape(b * t, *x.shape[4:]), "tokens", *[None] * (x.ndim - 4))
+
+
+def over_shards(
+    function: Callable[..., jax.Array],
+    arguments: Sequence[tuple[jax.Array, tuple[str | None, ...]]],
+    out_shape: tuple[int, ...],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:
+    """function on every device's part of the arguments, each given with its logical axes; its results are the parts of an array of
+    out_shape. Collectives inside name axes from ``mesh_axes``. Raises as partition_spec does.
+
+    An argument that several devices share gets the sum of their gradients. That is why the check of varying axes is off: with it, jax
+    would leave the sum to the function, and custom gradients inside (matrix products, convolution, attention) do not sum.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    single = tuple(name for name in mesh.axis_names if mesh.shape[name] == 1)  # named, or the sum would be asked for over them too
+
+    def spec(x, axes):
+        head, *rest = activation_spec(x.shape, axes)
+        return P((*(head if isinstance(head, tuple) else [head] if head else []), *single), *rest)
+
+    specs = tuple(spec(x, axes) for x, axes in arguments)
+    run = jax.shard_map(function, in_specs=specs, out_specs=activation_spec(out_shape, out_axes), check_vma=False)
+    return run(*(x for x, _ in arguments))
 
 
 def batch_shardings(mesh: Mesh, routes: bool = False) -> types.Batch:
-    """A types.Batch of NamedShardings: rows over all data axes. Use with jax.device_put or as in_shardings. routes: the batch has some."""
+    """A types.Batch of NamedShardings: rows over all data axes, their length over context. Use with jax.device_put or as in_shardings.
+    routes: the batch has some."""
     sharding = NamedSharding(mesh, partition_spec(("batch", "length"), mesh))
     return types.Batch(**{field.name: sharding for field in dataclasses.fields(types.Batch) if routes or field.name != "routes"})
 
 
 def put_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
-    """The batch on the mesh's devices. Raises ConfigError when its rows cannot be cut evenly over the data axes."""
+    """The batch on the mesh's devices. Raises ConfigError when rows or length cannot be cut evenly over the axes that cut them."""
     partition_spec(("batch", "length"), mesh, batch.tokens.shape)
     return jax.device_put(batch, batch_shardings(mesh, batch.routes is not None))

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from a1jax import sharding, types
+from a1jax import params, sharding, types
 from a1jax.config import ConfigError
+from a1jax.models import transformer
+from a1jax.models.config import tiny
 
 
 def test_a_mesh_has_all_axes():
     mesh = sharding.make_mesh({"expert": 4, "data": 2})
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor") and mesh.devices.shape == (2, 1, 4, 1)
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor") and mesh.devices.shape == (2, 1, 4, 1, 1)
     assert sharding.make_mesh({}, jax.devices()[:1]).size == 1
 
 
@@ -20,7 +22,7 @@ def test_a_mesh_has_all_axes():
     ("shape", "message"),
     [
         ({"data": 3}, "needs 3 devices, here are 8"),
-        ({"rows": 8}, "mesh axis 'rows' is unknown: use data, fsdp, expert, tensor"),
+        ({"rows": 8}, "mesh axis 'rows' is unknown: use data, fsdp, expert, context, tensor"),
         ({"data": 0}, "mesh axis 'data' has size 0"),
     ],
 )
@@ -55,18 +57,70 @@ def test_constrain_is_nothing_without_a_mesh_and_cuts_with_one():
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: sharding.constrain(x + 1, "batch", "hidden"))(x)
         assert sharding.mesh_axes("batch") == ("data", "expert") and sharding.is_sharded()
-    assert y.addressable_shards[0].data.shape == (1, 4)
+        one = sharding.constrain(x[:1], "batch", "hidden")  # a dimension of size 1 is not cut ...
+        with pytest.raises(ConfigError, match="axis 'batch' of size 6 cannot be cut over data x expert = 8"):
+            sharding.constrain(x[:6], "batch", "hidden")  # ... any other is, or refused
+    assert y.addressable_shards[0].data.shape == one.addressable_shards[0].data.shape == (1, 4)
     assert sharding.mesh_axes("batch") == () and not sharding.is_sharded()
 
 
-def test_a_batch_is_cut_by_rows():
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+def products(devices, axes):
+    """All ways to write `devices` as a product of sizes, one per axis."""
+    if len(axes) == 1:
+        return [{axes[0]: devices}]
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    return [{axes[0]: n, **rest} for n in sizes for rest in products(devices // n, axes[1:])]
+
+
+def test_every_product_of_axes_is_legal_for_a_model_whose_sizes_divide():
+    """Specs of all parameters and of all activations, on all 35 meshes of 8 devices."""
+    cfg = tiny(num_heads=8, num_kv_heads=2, linear_num_value_heads=8, moe="ragged", tie_embeddings=False)
+    specs = transformer.specs(cfg)
+    activations = [("batch", "length", "hidden"), ("batch", "length", "heads"), ("batch", "length", "linear_heads"), ("tokens", "hidden"),
+                   ("width_rows", "width_length", "embed"), ("width_rows", "length", "width")]  # fmt: skip
+    meshes = [sharding.make_mesh(shape) for shape in products(8, sharding.MESH_AXES)]
+    assert len(meshes) == 35
+    for mesh in meshes:
+        placed = params.shardings(specs, mesh)
+        owners = mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
+        down = placed["blocks"]["0"]["mlp"]["experts"]["down_proj"].shard_shape((1, 8, 64, 64))
+        assert down == (1, 8 // owners, 64, 64)  # whole experts, copied over data and context only
+        for axes in activations:
+            sharding.partition_spec(axes, mesh, (64,) * len(axes))
+
+
+def test_experts_that_do_not_divide_are_refused_by_name():
+    message = (
+        "^parameter blocks/0/mlp/experts/down_proj: axis 'experts' of size 6 cannot be cut over expert = 4: change the mesh or the size$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        params.shardings(transformer.specs(tiny(num_experts=6)), sharding.make_mesh({"expert": 4, "context": 2}))
+
+
+def test_flat_tokens_stay_where_they_are():
+    x = jnp.arange(8 * 12 * 3).reshape(8, 12, 3)
+    np.testing.assert_array_equal(sharding.flatten_tokens(x), x.reshape(96, 3))
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("fsdp", "context")))
+    with jax.set_mesh(mesh):
+        flat = jax.jit(sharding.flatten_tokens)(placed)
+        with pytest.raises(ConfigError, match="axis 'length' of size 7 cannot be cut over context = 2"):
+            sharding.flatten_tokens(x[:, :7])
+    for before, after in zip(placed.addressable_shards, flat.addressable_shards, strict=True):
+        assert before.device == after.device
+        np.testing.assert_array_equal(after.data, before.data.reshape(-1, 3))
+
+
+def test_a_batch_is_cut_by_rows_and_length():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "context": 2})
     fields = [field.name for field in dataclasses.fields(types.Batch)]
-    batch = types.Batch(**{name: np.full((16, 3), i, np.int32) for i, name in enumerate(fields)})
+    batch = types.Batch(**{name: np.full((16, 6), i, np.int32) for i, name in enumerate(fields)})
     placed = sharding.put_batch(batch, mesh)
     for i, name in enumerate(fields):
         array = getattr(placed, name)
-        assert array.addressable_shards[0].data.shape == (2, 3)
+        assert array.addressable_shards[0].data.shape == (4, 3)
         np.testing.assert_array_equal(array, i)
-    with pytest.raises(ConfigError, match="size 6 cannot be cut over data x fsdp = 8"):
+    with pytest.raises(ConfigError, match="axis 'batch' of size 6 cannot be cut over data x fsdp = 4"):
         sharding.put_batch(jax.tree.map(lambda x: x[:6], batch), mesh)
+    with pytest.raises(ConfigError, match="axis 'length' of size 5 cannot be cut over context = 2"):
+        sharding.put_batch(jax.tree.map(lambda x: x[:, :5], batch), mesh)

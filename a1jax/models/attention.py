@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from a1jax.models.config import ModelConfig
-from a1jax.models.layers import linear, matrix, norm_weight, rms_norm, rotate
+from a1jax.models.layers import linear, matrix, norm_weight, own_heads, rms_norm, rotate
 from a1jax.params import ParamSpec
-from a1jax.sharding import constrain
+from a1jax.sharding import if_even, is_sharded, mesh_axes, over_shards
 
 MASKED = -1e30  # not -inf: finite arithmetic everywhere, and exp of it is exactly 0
 
@@ -91,16 +91,29 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def causal_attention(
-    q: Float[Array, "B T H F"], k: Float[Array, "B T K F"], v: Float[Array, "B T K F"], runs: Int[Array, "B T"], chunk: int
+    q: Float[Array, "B T H F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K F"],
+    runs: Int[Array, "B T"],
+    chunk: int,
+    key_runs: Int[Array, "B S"] | None = None,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T HF"]:
     """attend() to earlier tokens of the same run. chunk > 0: that many query rows at a time, computed again in the backward
-    pass, so that scores never exceed [B, H, chunk, T]; T is padded up to a multiple of it."""
+    pass, so that scores never exceed [B, H, chunk, S]; T is padded up to a multiple of it.
+
+    key_runs [B, S] and first: when the queries are a part of the row, the runs of all keys and the place of the first query among them.
+    """
     t = q.shape[1]
-    columns = jnp.arange(t)
+    columns = jnp.arange(k.shape[1])
+    if key_runs is None:
+        key_runs = runs
+    else:
+        columns = columns - first  # counted from the first query
 
     def rows(start, q, runs_q):
         causal = (start + jnp.arange(q.shape[1]))[:, None] >= columns[None]
-        return attend(q, k, v, causal[None] & (runs_q[:, :, None] == runs[:, None]))
+        return attend(q, k, v, causal[None] & (runs_q[:, :, None] == key_runs[:, None]))
 
     if not chunk or chunk >= t:
         return rows(0, q, runs)
@@ -116,6 +129,31 @@ def causal_attention(
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], n * chunk, -1)[:, :t]
 
 
+def attention_sharded(
+    q: Float[Array, "B T H F"], k: Float[Array, "B T K F"], v: Float[Array, "B T K F"], runs: Int[Array, "B T"], chunk: int
+) -> Float[Array, "B T HF"]:
+    """causal_attention over the mesh: rows over the data axes, query heads over tensor, queries over context.
+
+    Keys, values and runs of the whole row are gathered over context: they are what the row has least of. Where tensor does not cut
+    the key/value heads evenly, every device has all of them and picks those that its query heads read.
+    """
+    (b, t, heads, f), kv_axis = q.shape, if_even("kv_heads", k.shape[2])
+    context = mesh_axes("length", t)
+
+    def local(q, k, v, runs):
+        if kv_axis is None:
+            k, v = (own_heads(x, q.shape[2], heads, "heads") for x in (k, v))
+        if not context:
+            return causal_attention(q, k, v, runs, chunk)
+        first = jax.lax.axis_index(context) * q.shape[1]
+        k, v, key_runs = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v, runs))
+        return causal_attention(q, k, v, runs, chunk, key_runs, first)
+
+    tokens, kv = ("batch", "length"), ("batch", "length", kv_axis, None)
+    arguments = [(q, (*tokens, "heads", None)), (k, kv), (v, kv), (runs, tokens)]
+    return over_shards(local, arguments, (b, t, heads * f), (*tokens, "heads"))
+
+
 def apply(
     p: dict,
     x: Float[Array, "B T D"],
@@ -126,5 +164,5 @@ def apply(
 ) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
     q, k, v, gate = project(p, x, cos, sin, cfg)
-    q = constrain(q, "batch", "length", "heads", None)
-    return output(p, causal_attention(q, k, v, runs, cfg.attention_chunk), gate)
+    run = attention_sharded if is_sharded() else causal_attention
+    return output(p, run(q, k, v, runs, cfg.attention_chunk), gate)

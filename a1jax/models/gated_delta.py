@@ -7,6 +7,7 @@ pairs inside a chunk, and the state a chunk starts from is read and kept only by
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from a1jax.models.config import ModelConfig
-from a1jax.models.layers import causal_conv, conv_step, conv_weight, l2_normalise, linear, matrix, rms_norm_gated
+from a1jax.models.context import Axes, chain, halo, shift
+from a1jax.models.layers import causal_conv, conv_step, conv_weight, l2_normalise, linear, matrix, own_heads, rms_norm_gated
 from a1jax.params import ParamSpec, constant, log_spread, log_uniform
-from a1jax.sharding import constrain
+from a1jax.sharding import if_even, is_sharded, mesh_axes, over_shards
 
 
 def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -38,11 +40,20 @@ def specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     }
 
 
+def split_qkv(x: jax.Array, cfg: ModelConfig) -> list[jax.Array]:
+    """The columns [..., channels] of q, of k and of v."""
+    return jnp.split(x, [cfg.linear_key_dim, 2 * cfg.linear_key_dim], axis=-1)
+
+
 def split_heads(qkv: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[..., channels] -> q and k [..., key heads, key dim], l2-normalised, q over sqrt(key dim); v [..., H, value dim]; all float32."""
-    q, k, v = jnp.split(qkv, [cfg.linear_key_dim, 2 * cfg.linear_key_dim], axis=-1)
-    q, k = (x.reshape(*x.shape[:-1], cfg.linear_num_key_heads, cfg.linear_key_head_dim) for x in (q, k))
-    v = v.reshape(*v.shape[:-1], cfg.linear_num_value_heads, cfg.linear_value_head_dim)
+    return into_heads(*split_qkv(qkv, cfg), cfg)
+
+
+def into_heads(q: jax.Array, k: jax.Array, v: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """split_heads of columns that are apart already, of any number of heads."""
+    q, k = (x.reshape(*x.shape[:-1], -1, cfg.linear_key_head_dim) for x in (q, k))
+    v = v.reshape(*v.shape[:-1], -1, cfg.linear_value_head_dim)
     return l2_normalise(q) * cfg.linear_key_head_dim**-0.5, l2_normalise(k), v.astype(jnp.float32)
 
 
@@ -171,6 +182,64 @@ def play(chunks: Chunks, state: Float32[Array, "B H DK DV"]) -> tuple[Float32[Ar
     return jax.lax.scan(step, state, chunks)
 
 
+def effect(chunks: Chunks) -> tuple[Float32[Array, "B H DK DK"], Float32[Array, "B H DK DV"]]:
+    """What all the chunks do to the state, S -> transfer @ S + gain, in one pass: they play for the identity and for zero side by side."""
+    dk = chunks.erased.shape[-1]
+    both = jnp.zeros((*chunks.kept.shape[1:4], dk + chunks.written.shape[-1]), jnp.float32)
+    both = both.at[..., :dk].set(jnp.eye(dk)[None, None])
+
+    def step(both, c: Chunks):
+        new = jnp.pad(c.written, ((0, 0), (0, 0), (0, 0), (dk, 0))) - c.erased @ both
+        return c.carried * both + c.kept @ new, None
+
+    both, _ = jax.lax.scan(step, both, chunks)
+    return both[..., :dk], both[..., dk:]
+
+
+def effect_backward(chunks: Chunks, g: Float32[Array, "N B H C DV"]) -> Float32[Array, "B H DK DV"]:
+    """Gradient by the state before the chunks, for the gradient g of their outputs and none of the state behind them."""
+
+    def step(state, xs):
+        c, g = xs
+        new = jnp.swapaxes(c.kept, -1, -2) @ state + jnp.swapaxes(c.within, -1, -2) @ g
+        return c.carried * state + jnp.swapaxes(c.read, -1, -2) @ g - jnp.swapaxes(c.erased, -1, -2) @ new, None
+
+    start = jnp.zeros((*chunks.kept.shape[1:4], g.shape[-1]), jnp.float32)
+    return jax.lax.scan(step, start, (chunks, g), reverse=True)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def play_across(chunks: Chunks, context: Axes) -> Float32[Array, "N B H C DV"]:
+    """Outputs of this shard's chunks, played from the state that the shards before it leave.
+
+    A shard is an affine map of the state, and the gradient goes back through the same maps transposed. So both directions take a short
+    pass for the map, exchange maps, and then run as on one device; autodiff would keep a [DK, DK + DV] state for every chunk.
+    """
+    return _across_forward(chunks, context)[0]
+
+
+def _across_forward(chunks, context):
+    transfer, gain = effect(chunks)
+    (_, out), pull = jax.vjp(play, chunks, chain(transfer, gain, context))
+    return out, (chunks, transfer, pull)
+
+
+def _across_backward(context, residual, g):
+    chunks, transfer, pull = residual
+    gain = effect_backward(chunks, g)
+    behind = chain(jnp.swapaxes(transfer, -1, -2), gain, context, reverse=True)
+    return (pull((behind, g))[0],)
+
+
+play_across.defvjp(_across_forward, _across_backward)
+
+
+def join(out: Float32[Array, "N B H C DV"], length: int) -> Float32[Array, "B T H DV"]:
+    """Chunks' outputs in a row, without the padding."""
+    out = jnp.moveaxis(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, N, C, H, value dim]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+
+
 def delta_rule(
     q: Float32[Array, "B T HK DK"],
     k: Float32[Array, "B T HK DK"],
@@ -191,8 +260,22 @@ def delta_rule(
     if state is None:
         state = jnp.zeros((b, heads, k.shape[-1], v.shape[-1]), jnp.float32)
     state, out = play(prepare(q, k, v, g, beta, runs, chunk, open_run), state)
-    out = jnp.moveaxis(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, N, C, H, value dim]
-    return out.reshape(b, -1, heads, out.shape[-1])[:, :t], state
+    return join(out, t), state
+
+
+def delta_rule_across(
+    q: Float32[Array, "B T HK DK"],
+    k: Float32[Array, "B T HK DK"],
+    v: Float32[Array, "B T H DV"],
+    g: Float32[Array, "B T H"],
+    beta: Float32[Array, "B T H"],
+    runs: Int[Array, "B T"],
+    chunk: int,
+    context: Axes,
+) -> Float32[Array, "B T H DV"]:
+    """delta_rule of whole rows, inside sharding.over_shards: every argument is this shard's part, and so is the result."""
+    open_run = shift(runs[:, -1], 1, context)  # 0 before the first shard, perhaps its own run: the state is zero there
+    return join(play_across(prepare(q, k, v, g, beta, runs, chunk, open_run), context), v.shape[1])
 
 
 def output(p: dict, out: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -202,15 +285,51 @@ def output(p: dict, out: jax.Array, x: jax.Array, cfg: ModelConfig) -> jax.Array
     return linear(out.reshape(*x.shape[:-1], -1), p["out_proj"])
 
 
-def apply(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """x [B, T, D], runs int32 [B, T] -> [B, T, D]."""
+def mix(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: ModelConfig) -> Float32[Array, "B T H DV"]:
+    """Projections, convolution, delta rule, on one device."""
     with jax.named_scope("conv"):
         q, k, v = split_heads(causal_conv(linear(x, p["in_proj_qkv"]), p["conv1d"], runs), cfg)
     g, beta = gates(p, x)
-    v = constrain(v, "batch", "length", "linear_heads", None)  # q and k follow: they may have fewer heads than there are devices
     with jax.named_scope("delta_rule"):
-        out, _ = delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)
-    return output(p, out, x, cfg)
+        return delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)[0]
+
+
+def mix_sharded(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: ModelConfig) -> Float32[Array, "B T H DV"]:
+    """mix() over the mesh: rows over the data axes, heads over tensor, the length over context, where the convolution gets the inputs
+    before each shard and the delta rule the state.
+
+    q, k and v are projected apart, so that tensor can cut each by its heads. Where it does not cut the key heads evenly, every device
+    has all of them and picks those that its value heads read.
+    """
+    (b, t, _), heads = x.shape, cfg.linear_num_value_heads
+    context, keys = mesh_axes("length", t), if_even("linear_heads", cfg.linear_num_key_heads)
+    columns = [linear(x, w) for w in split_qkv(p["in_proj_qkv"], cfg)]
+    g, beta = gates(p, x)
+
+    def local(q, k, v, tap_q, tap_k, tap_v, g, beta, runs):
+        with jax.named_scope("conv"):
+            past = cfg.conv_width - 1 if context else 0
+            around = jnp.concatenate([halo(runs, past, context), runs], axis=1) if past else runs
+            with_past = ((jnp.concatenate([halo(y, past, context), y], axis=1) if past else y) for y in (q, k, v))
+            q, k, v = (causal_conv(y, w, around)[:, past:] for y, w in zip(with_past, (tap_q, tap_k, tap_v), strict=True))
+            q, k, v = into_heads(q, k, v, cfg)
+        if keys is None:
+            q, k = (own_heads(y, v.shape[2], heads, "linear_heads") for y in (q, k))
+        with jax.named_scope("delta_rule"):
+            if context:
+                return delta_rule_across(q, k, v, g, beta, runs, cfg.delta_chunk, context)
+            return delta_rule(q, k, v, g, beta, runs, cfg.delta_chunk)[0]
+
+    by_head = keys, keys, "linear_heads"
+    arguments = [(y, ("batch", "length", axis)) for y, axis in zip(columns, by_head, strict=True)]
+    arguments += [(y, ("tap", axis)) for y, axis in zip(split_qkv(p["conv1d"], cfg), by_head, strict=True)]
+    arguments += [(y, ("batch", "length", "linear_heads")) for y in (g, beta)] + [(runs, ("batch", "length"))]
+    return over_shards(local, arguments, (b, t, heads, cfg.linear_value_head_dim), ("batch", "length", "linear_heads", None))
+
+
+def apply(p: dict, x: Float[Array, "B T D"], runs: Int[Array, "B T"], cfg: ModelConfig) -> Float[Array, "B T D"]:
+    """x [B, T, D], runs int32 [B, T] -> [B, T, D]."""
+    return output(p, (mix_sharded if is_sharded() else mix)(p, x, runs, cfg), x, cfg)
 
 
 def step(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from a1jax.models.config import ModelConfig
 from a1jax.params import Initializer, ParamSpec, constant, normal, uniform
-from a1jax.sharding import constrain
+from a1jax.sharding import constrain, mesh_axes
 
 
 def matrix(cfg: ModelConfig, shape: tuple[int, int], axes: tuple[str, str], to_residual: bool = False) -> ParamSpec:
@@ -148,14 +148,27 @@ def conv_step(window: jax.Array, x: jax.Array, taps: jax.Array) -> tuple[jax.Arr
     return silu(sum(inputs[:, i] * taps[i][None] for i in range(taps.shape[0]))), inputs[:, 1:]
 
 
+def own_heads(x: Float[Array, "B T K F"], heads: int, of: int, axis: str) -> Float[Array, "B T own F"]:
+    """Inside sharding.over_shards: of x [B, T, K, F], which every device has whole, the heads that this device's `heads` heads read.
+
+    `of` heads are cut over the logical axis `axis`, and K divides `of`: head h reads h // (of / K). One head comes back where one is
+    enough, else one for each of the device's heads.
+    """
+    group, first = of // x.shape[2], jax.lax.axis_index(mesh_axes(axis)) * heads
+    if group % heads == 0:
+        return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=2)
+    return jnp.take(x, (first + jnp.arange(heads)) // group, axis=2)
+
+
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "*lead"], cfg: ModelConfig) -> Float[Array, "*lead D"]:
     """Rows of the table [V, D] in the compute type, times sqrt(D) if the configuration says so: tokens [B] or [B, T] -> [..., D].
 
-    Under a mesh every device looks up its part of the width for all the rows that share it, and one exchange turns parts of the width
-    into whole rows; the table itself stays where it lies.
+    Under a mesh every device looks up its part of the width for all the tokens that share it, and two exchanges, along the length and
+    along the rows, turn parts of the width into whole tokens; the table itself stays where it lies.
     """
-    length = ("length",) * (tokens.ndim - 1)
-    tokens = constrain(tokens, "width_rows", *length)
-    x = constrain(table[tokens].astype(cfg.dtype), "width_rows", *length, "embed")
+    lookup, length = ("width_length",) * (tokens.ndim - 1), ("length",) * (tokens.ndim - 1)
+    tokens = constrain(tokens, "width_rows", *lookup)
+    x = constrain(table[tokens].astype(cfg.dtype), "width_rows", *lookup, "embed")
+    x = constrain(x, "width_rows", *length, "width")
     x = constrain(x, "batch", *length, "hidden")
     return x * math.sqrt(cfg.d_model) if cfg.scale_embeddings else x

@@ -9,7 +9,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from a1jax.config import ConfigError
@@ -17,19 +16,20 @@ from a1jax.models.config import ModelConfig
 from a1jax.models.experts import experts_local
 from a1jax.models.layers import linear, matrix, silu, weight_init
 from a1jax.params import ParamSpec
-from a1jax.sharding import is_sharded, mesh_axes
+from a1jax.sharding import activation_spec, is_sharded, mesh_axes
+
+TOKENS, EXPERTS = ("batch", "length", "hidden"), ("experts", "expert_in", "expert_out")
 
 
 def specs(cfg: ModelConfig) -> dict:
     """HF `mlp.gate.weight`, `mlp.shared_expert*.weight` are these transposed; `mlp.experts.gate_up_proj` [E, 2 F, D] and `down_proj`
     [E, D, F] are these with the last two axes swapped (gate in the first half of 2 F, up in the second, as in HF)."""
     d, e, f, shared = cfg.d_model, cfg.num_experts, cfg.expert_width, cfg.shared_expert_width
-    axes = ("experts", "expert_in", "expert_out")
     return {
         "gate": matrix(cfg, (d, e), ("embed", "router")),
         "experts": {
-            "gate_up_proj": ParamSpec((e, d, 2 * f), axes, weight_init(cfg, d), cfg.param_dtype),
-            "down_proj": ParamSpec((e, f, d), axes, weight_init(cfg, f, to_residual=True), cfg.param_dtype),
+            "gate_up_proj": ParamSpec((e, d, 2 * f), EXPERTS, weight_init(cfg, d), cfg.param_dtype),
+            "down_proj": ParamSpec((e, f, d), EXPERTS, weight_init(cfg, f, to_residual=True), cfg.param_dtype),
         },
         "shared_expert": {
             "gate_proj": matrix(cfg, (d, shared), ("embed", "shared_width")),
@@ -99,15 +99,17 @@ def experts_sharded(
     down: Float[Array, "E F D"],
     cfg: ModelConfig,
 ) -> Float[Array, "B T D"]:
-    """experts_local over the mesh: x [B, T, D] and weights [B, T, E] cut over the data axes, experts over RULES["experts"].
+    """experts_local over the mesh: x [B, T, D] and weights [B, T, E] cut over the data axes and context, experts over RULES["experts"].
 
     Tokens and their weights are gathered over the axes that cut both tokens and experts, and outputs summed and scattered back over
-    them; an axis that cuts experts only (tensor) sums. Expert weights never move.
+    them; an axis that cuts experts only (tensor) sums; one that cuts tokens only (data, context) has copies of the experts and adds up
+    their gradients. Expert weights never move.
     """
-    rows, columns, owners = mesh_axes("batch"), mesh_axes("length"), mesh_axes("experts")
-    gathered = tuple(axis for axis in rows if axis in owners)
-    summed = tuple(axis for axis in owners if axis not in rows)
-    replicated = tuple(axis for axis in (*rows, *columns) if axis not in owners)  # expert weights are copied over these
+    (b, t, d), e = x.shape, weights.shape[2]
+    rows, columns, owners = mesh_axes("batch", b), mesh_axes("length", t), mesh_axes("experts", e)
+    gathered = [(axis, dimension) for dimension, axes in ((0, rows), (1, columns)) for axis in axes if axis in owners]
+    summed = tuple(axis for axis in owners if axis not in (*rows, *columns))
+    replicated = tuple(axis for axis in (*rows, *columns) if axis not in owners)
 
     def local(x, weights, gate_up, down):
         # A custom gradient does not sum over the devices that share its argument; the gradient of this cast does.
@@ -115,19 +117,19 @@ def experts_sharded(
             x, weights = (jax.lax.pcast(y, summed, to="varying") for y in (x, weights))
         if replicated:
             gate_up, down = (jax.lax.pcast(y, replicated, to="varying") for y in (gate_up, down))
-        for axis in reversed(gathered):
-            x, weights = (jax.lax.all_gather(y, axis, tiled=True) for y in (x, weights))
+        for axis, dimension in reversed(gathered):
+            x, weights = (jax.lax.all_gather(y, axis, axis=dimension, tiled=True) for y in (x, weights))
         first = jnp.int32(0)
         for axis in owners:
             first = first * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
         weights = jax.lax.dynamic_slice_in_dim(weights, first * down.shape[0], down.shape[0], axis=2)
         y = experts_local(x, weights, gate_up, down, cfg)
         y = jax.lax.psum(y, summed) if summed else y
-        for axis in gathered:
-            y = jax.lax.psum_scatter(y, axis, tiled=True)
+        for axis, dimension in gathered:
+            y = jax.lax.psum_scatter(y, axis, scatter_dimension=dimension, tiled=True)
         return y
 
-    tokens, experts = P(rows or None, columns or None), P(owners or None)
+    tokens, experts = (activation_spec(shape, axes) for shape, axes in (((b, t, d), TOKENS), (down.shape, EXPERTS)))
     return jax.shard_map(local, in_specs=(tokens, tokens, experts, experts), out_specs=tokens)(x, weights, gate_up, down)
 
 

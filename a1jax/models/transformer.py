@@ -45,8 +45,9 @@ def parameter_counts(cfg: ModelConfig) -> tuple[int, int]:
 def number_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """int32 [B, T]: numbers contiguous runs of one segment id 0, 1, ... along a row. Padding (id 0) is a run like any other, so an id
     that comes back, or padding in the middle, joins nothing."""
+    segment_ids = constrain(segment_ids, "batch", None)  # counting needs the whole row
     border = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(border, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return constrain(jnp.pad(jnp.cumsum(border, axis=1, dtype=jnp.int32), ((0, 0), (1, 0))), "batch", "length")
 
 
 def apply(

@@ -19,6 +19,7 @@ from ..data.packing import Example
 from ..losses import cross_entropy, masked
 from ..models import transformer
 from ..models.config import ModelConfig
+from ..sharding import flatten_tokens
 from ..types import Batch, Metrics, Params, TrainState
 from .setting import Setting, train_stage
 
@@ -70,10 +71,10 @@ def loss(
     batch, weights = data["batch"], data["weights"]
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
     value, out = cross_entropy.blocked_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
+        flatten_tokens(hidden),
         transformer.unembed(params, model),
-        batch.targets.reshape(-1),
-        weights.reshape(-1),
+        flatten_tokens(batch.targets),
+        flatten_tokens(weights),
         vocab_block,
         tile,
     )

@@ -13,8 +13,11 @@ from a1jax.models import experts, moe
 from a1jax.models.config import tiny
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-B, T = 8, 5
-MESHES = [{"expert": 8}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}]
+B, T = 8, 6
+MESHES = [
+    {"expert": 8}, {"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2},
+    {"context": 2, "expert": 4}, {"data": 2, "context": 2, "tensor": 2},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_dense_ragged_blocked_and_the_definition_agree(small, layer, one_device,
         np.testing.assert_allclose(expected[1], naive(layer, x_of(kind), 2), atol=1e-5)
         assert_same(gradient(layer, x_of(kind), dense), expected)
         assert_same(gradient(layer, x_of(kind), blocked), expected)
-    monkeypatch.setattr(experts, "DENSE_ROWS", 7)  # 40 tokens: five full steps and a padded one
+    monkeypatch.setattr(experts, "DENSE_ROWS", 7)  # 48 tokens: six full steps and a padded one
     for kind in ("random", "one"):
         assert_same(jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, dense))(layer, x_of(kind)), one_device[kind])
     idle = np.asarray(one_device["one"][0][0]["experts"]["down_proj"])
@@ -107,9 +110,19 @@ def test_dense_ragged_blocked_and_the_definition_agree(small, layer, one_device,
 @pytest.mark.parametrize("i", range(len(MESHES)))
 def test_every_mesh_equals_one_device(i, small, layer, one_device, monkeypatch):
     """Outputs and gradients, the forms in turn, with idle experts and with two experts that get everything."""
-    monkeypatch.setattr(experts, "DENSE_ROWS", 3)
     cfg = dataclasses.replace(small, moe=("ragged", "dense", "blocked")[i % 3])
-    mesh = sharding.make_mesh(MESHES[i])
+    check_mesh(MESHES[i], cfg, layer, one_device, monkeypatch)
+
+
+def test_experts_may_be_cut_over_context_too(small, layer, one_device, monkeypatch):
+    """One line of the table: tokens are then gathered along the length as well."""
+    monkeypatch.setitem(sharding.RULES, "experts", ("expert", "context", "tensor"))
+    check_mesh({"expert": 2, "context": 2, "tensor": 2}, small, layer, one_device, monkeypatch)
+
+
+def check_mesh(shape, cfg, layer, one_device, monkeypatch):
+    monkeypatch.setattr(experts, "DENSE_ROWS", 3)
+    mesh = sharding.make_mesh(shape)
     placed = jax.device_put(layer, params.shardings(moe.specs(cfg), mesh))
     rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length", "hidden"), mesh))
     run = jit(lambda p, x: jax.grad(loss, argnums=(0, 1), has_aux=True)(p, x, cfg))
@@ -117,7 +130,7 @@ def test_every_mesh_equals_one_device(i, small, layer, one_device, monkeypatch):
         compiled = run.lower(placed, jax.device_put(x_of("random"), rows)).compile()
         for kind, expected in one_device.items():
             assert_same(compiled(placed, jax.device_put(x_of(kind), rows)), expected)
-    forbid_moving_experts(compiled.as_text(), MESHES[i])
+    forbid_moving_experts(compiled.as_text(), shape)
 
 
 def forbid_moving_experts(text, mesh):

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
-from a1jax import params, sharding
+from a1jax import params
 from a1jax.models import transformer
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -101,7 +100,7 @@ def test_no_position_sees_a_later_one_or_another_segment(free, rows, untied):
 
 
 def test_remat_computes_again(free, one_device, untied):
-    """In the program before any optimisation. That it changes no value: see the first mesh below."""
+    """In the program before any optimisation. That it changes no value: see test_parallel.py."""
     arguments, _ = one_device
 
     def matmuls(function, cfg):
@@ -123,25 +122,6 @@ def test_aux_by_its_parts_and_without_padding(free, one_device, untied):
     other = value_and_gradient(free, jnp.where(padding, 5, tokens), positions, segments, weight, 1.0, untied)
     assert_close(other[0][1][1], aux, 1e-6)
     assert_close(other[1], gradient, 1e-6)  # what padding holds reaches no gradient either
-
-
-@pytest.mark.parametrize(
-    ("shape", "changes"),
-    [
-        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"moe": "ragged", "remat": "block", "attention_chunk": 8}),
-        pytest.param({"data": 2, "expert": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "fsdp": 4}, {"moe": "ragged"}, marks=pytest.mark.slow),
-    ],
-)
-def test_eight_devices_equal_one(free, one_device, untied, shape, changes):
-    """Values and gradients, against the dense experts without remat; the first mesh also has remat and attention in chunks."""
-    arguments, expected = one_device
-    untied, mesh = dataclasses.replace(untied, **changes), sharding.make_mesh(shape)
-    placed = jax.device_put(free, params.shardings(transformer.specs(untied), mesh))
-    rows = NamedSharding(mesh, sharding.partition_spec(("batch", "length"), mesh))
-    with jax.set_mesh(mesh):
-        got = value_and_gradient(placed, *jax.device_put(arguments[:4], rows), 1.0, untied)
-    assert_close(got, expected)
 
 
 def test_specs_follow_the_configuration(cfg, untied):
