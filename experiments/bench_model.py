@@ -135,9 +135,7 @@ def bench_length(cfg: ModelConfig, rounds: int, short: int = 1024, long: int = 1
         q = jax.random.normal(key, (1, t, *heads[2:])) * 0.1
         v, gate = jax.random.normal(key, (1, t, *values)), jax.random.uniform(key, (1, t, values[0]))
         runs = jnp.zeros((1, t), jnp.int32)
-        run = jax.jit(
-            jax.grad(lambda *a: jnp.sum(gated_delta.delta_rule(*a, runs, cfg.delta_chunk)[0] ** 2), argnums=(0, 1, 2, 3, 4))
-        )
+        run = jax.jit(jax.grad(lambda *a: jnp.sum(gated_delta.delta_rule(*a, runs, cfg.delta_chunk)[0] ** 2), argnums=(0, 1, 2, 3, 4)))
         return lambda: jax.block_until_ready(run(q, q, v, -gate, gate))
 
     for name, make in (("gated delta net, layer", layer), ("gated delta rule alone", rule)):
