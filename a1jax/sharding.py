@@ -138,6 +138,15 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
     return constrain(jnp.moveaxis(x, 2, 1).reshape(b * t, *x.shape[4:]), "tokens", *[None] * (x.ndim - 4))
 
 
+def unflatten_tokens(x: jax.Array, b: int, t: int) -> jax.Array:
+    """[B * T, ...] as flatten_tokens made it -> [B, T, ...]."""
+    rows, columns = (math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(*of)) for of in (("batch", b), ("length", t)))
+    if columns == 1:
+        return x.reshape(b, t, *x.shape[1:])
+    x = jnp.moveaxis(x.reshape(rows, columns, b // rows, t // columns, *x.shape[1:]), 1, 2)
+    return constrain(x.reshape(b, t, *x.shape[4:]), "batch", "length", *[None] * (x.ndim - 4))
+
+
 def over_shards(
     function: Callable[..., jax.Array],
     arguments: Sequence[tuple[jax.Array, tuple[str | None, ...]]],

@@ -100,10 +100,12 @@ def test_experts_that_do_not_divide_are_refused_by_name():
 def test_flat_tokens_stay_where_they_are():
     x = jnp.arange(8 * 12 * 3).reshape(8, 12, 3)
     np.testing.assert_array_equal(sharding.flatten_tokens(x), x.reshape(96, 3))
+    np.testing.assert_array_equal(sharding.unflatten_tokens(x.reshape(96, 3), 8, 12), x)
     mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
     placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("fsdp", "context")))
     with jax.set_mesh(mesh):
         flat = jax.jit(sharding.flatten_tokens)(placed)
+        np.testing.assert_array_equal(jax.jit(lambda x: sharding.unflatten_tokens(x, 8, 12))(flat), x)
         with pytest.raises(ConfigError, match="axis 'length' of size 7 cannot be cut over context = 2"):
             sharding.flatten_tokens(x[:, :7])
     for before, after in zip(placed.addressable_shards, flat.addressable_shards, strict=True):

@@ -27,6 +27,7 @@ from ..losses import masked
 from ..models import moe, transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
+from ..sharding import flatten_tokens, unflatten_tokens
 from ..types import ABORTED, Batch, Metrics, Params, Rollout, TrainState
 from . import experts
 from .setting import Setting, train_stage
@@ -74,7 +75,7 @@ def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, A
 
 def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig, cfg: DistillConfig) -> tuple[jax.Array, Metrics]:
     """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated. Routes in the batch are replayed."""
-    batch, flat = data["batch"], lambda x: x.reshape(-1, *x.shape[2:])
+    batch, flat = data["batch"], flatten_tokens
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model, batch.routes)
     value, out = distill_loss.sva(
         flat(hidden),
@@ -104,14 +105,10 @@ def score(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int)
     It chooses its own experts: the routes in the batch are the student's.
     """
     hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    found = distill_loss.teacher_targets(flat, transformer.unembed(teacher, model), k, block)
+    found = distill_loss.teacher_targets(flatten_tokens(hidden), transformer.unembed(teacher, model), k, block)
     b, t = batch.tokens.shape
-    return {
-        "support": found.support.reshape(b, t, k),
-        "teacher_logits": found.logits.reshape(b, t, k),
-        "teacher_logsumexp": found.logsumexp.reshape(b, t),
-    }
+    names = {"support": found.support, "teacher_logits": found.logits, "teacher_logsumexp": found.logsumexp}
+    return {name: unflatten_tokens(x, b, t) for name, x in names.items()}
 
 
 def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> tuple[Batch, int]:

@@ -22,6 +22,7 @@ from ..data.packing import Example
 from ..losses import cross_entropy
 from ..models import transformer
 from ..models.config import ModelConfig
+from ..sharding import flatten_tokens
 from ..types import Batch, Metrics, Params
 from . import folders, sft
 from .setting import MeshConfig, Setting, make_mesh
@@ -86,9 +87,9 @@ def heldout_batch(source: Subset, rows: int, max_length: int) -> Batch:
 def heldout_loss(params: Params, batch: Batch, model: ModelConfig, block: int) -> jax.Array:
     """Mean cross-entropy (nats) per model-written token."""
     hidden, _ = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)
-    weights = batch.mask.reshape(-1) / jnp.maximum(batch.mask.sum(), 1.0)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy.blocked_cross_entropy(flat, transformer.unembed(params, model), batch.targets.reshape(-1), weights, block, 256)[0]
+    weights = batch.mask / jnp.maximum(batch.mask.sum(), 1.0)
+    flat, targets, weights = (flatten_tokens(x) for x in (hidden, batch.targets, weights))
+    return cross_entropy.blocked_cross_entropy(flat, transformer.unembed(params, model), targets, weights, block, 256)[0]
 
 
 def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a1jax import metrics, optim, train
+from a1jax import metrics, optim, params, sharding, train
 from a1jax.config import ConfigError, bind
 from a1jax.data import packing
 from a1jax.models import transformer
@@ -102,6 +102,25 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
         expected.append(np.mean(per_sample))
     np.testing.assert_allclose(value, np.mean(expected), rtol=1e-4)
     assert 0.0 < distill.finish(out)["distill/coverage"] < 1.0
+
+
+def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting, models):
+    """Rows cut over fsdp and their length over context: tokens are scored shard after shard and must come back to their places."""
+    student, teachers = models
+    mesh, batch = sharding.make_mesh({"fsdp": 2, "context": 4}), distill.pack_domain([rollout(n=30 + 9 * i) for i in range(4)], 0, 2, 80)[0]
+
+    def evaluate(student, teacher, batch):
+        data = distill.weigh({"batch": batch, **distill.score(teacher, batch, setting.model, CFG.k, 256)}, 2, "domain_mean")
+        return distill.loss(student, data, 1.0, setting.model, CFG)[0], data
+
+    expected = jax.jit(evaluate)(student, teachers[setting.domains[0]], jax.tree.map(jnp.asarray, batch))
+    placed = params.shardings(setting.specs, mesh)
+    with jax.set_mesh(mesh):
+        arguments = [*(jax.device_put(p, placed) for p in (student, teachers[setting.domains[0]])), sharding.put_batch(batch, mesh)]
+        got = jax.jit(evaluate)(*arguments)
+    np.testing.assert_array_equal(got[1]["support"], expected[1]["support"])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
