@@ -107,7 +107,8 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
 def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting, models):
     """Rows cut over fsdp and their length over context: tokens are scored shard after shard and must come back to their places."""
     student, teachers = models
-    mesh, batch = sharding.make_mesh({"fsdp": 2, "context": 4}), distill.pack_domain([rollout(n=30 + 9 * i) for i in range(4)], 0, 2, 80)[0]
+    mesh, batch = sharding.make_mesh({"fsdp": 2, "context": 4}), distill.pack_domain([rollout(n=45 + 9 * i) for i in range(4)], 0, 4, 80)[0]
+    assert (batch.segment_ids > 0).any(1).all()  # two rows a device: one row after the other is not shard after shard
 
     def evaluate(student, teacher, batch):
         data = distill.weigh({"batch": batch, **distill.score(teacher, batch, setting.model, CFG.k, 256)}, 2, "domain_mean")
