@@ -28,6 +28,7 @@ from a1jax import params as param_specs
 from a1jax.losses import cross_entropy
 from a1jax.models import decode, gated_delta, hf, transformer
 from a1jax.models.config import ModelConfig, qwen3_5_35b_a3b
+from a1jax.models.delta_rule import delta_rule
 from a1jax.rollout import sampler
 
 SIZES = {
@@ -84,7 +85,7 @@ def bench_training(model, params: dict, cfg: ModelConfig, rounds: int, rows: int
         model.zero_grad()
         out = model(input_ids=theirs_tokens, labels=theirs_tokens, output_router_logits=True)
         out.loss.backward()
-        return float(out.loss)
+        return float(out.loss.detach())
 
     difference = abs(float(step(params, tokens)[0]) - theirs())
     a, b, ratio = alternate(lambda: jax.block_until_ready(step(params, tokens)), theirs, rounds)
@@ -135,7 +136,7 @@ def bench_length(cfg: ModelConfig, rounds: int, short: int = 1024, long: int = 1
         q = jax.random.normal(key, (1, t, *heads[2:])) * 0.1
         v, gate = jax.random.normal(key, (1, t, *values)), jax.random.uniform(key, (1, t, values[0]))
         runs = jnp.zeros((1, t), jnp.int32)
-        run = jax.jit(jax.grad(lambda *a: jnp.sum(gated_delta.delta_rule(*a, runs, cfg.delta_chunk)[0] ** 2), argnums=(0, 1, 2, 3, 4)))
+        run = jax.jit(jax.grad(lambda *a: jnp.sum(delta_rule(*a, runs, cfg.delta_chunk)[0] ** 2), argnums=(0, 1, 2, 3, 4)))
         return lambda: jax.block_until_ready(run(q, q, v, -gate, gate))
 
     for name, make in (("gated delta net, layer", layer), ("gated delta rule alone", rule)):

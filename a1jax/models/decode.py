@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
+from a1jax.models.delta_rule import delta_rule
 from a1jax.models.layers import causal_conv, embed, linear, rms_norm, rotary_angles
 
 
@@ -208,6 +209,6 @@ def gated_delta_prefill(p: dict, x: jax.Array, cache: dict, reset, lengths, vali
     q, k, v = gated_delta.split_heads(causal_conv(inputs, p["conv1d"], runs)[:, past:], cfg)
     g, beta = (jnp.where(valid[..., None], y, 0) for y in gated_delta.gates(p, x))  # decay 1, strength 0: the state stays
     chunk = min(cfg.delta_chunk, 1 << (t - 1).bit_length())
-    out, state = gated_delta.delta_rule(q, k, v, g, beta, runs[:, past:], chunk, state, open_run=runs[:, 0])
+    out, state = delta_rule(q, k, v, g, beta, runs[:, past:], chunk, state, open_run=runs[:, 0])
     newest = (lengths[:, None] + jnp.arange(past)[None])[..., None]  # also shorter than the window: then it is part of the old one
     return gated_delta.output(p, out, x, cfg), {"window": jnp.take_along_axis(inputs, newest, axis=1), "state": state}
