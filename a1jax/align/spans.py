@@ -154,7 +154,7 @@ def _common_borders(ours: _Frame, theirs: _Frame, rows: np.ndarray) -> tuple[np.
 
 
 def _differences(symbols: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """int64 [K, 2]: ranges of ``symbols`` that differ from ``text``, empty where only the text has something; control symbols are no text."""
+    """int64 [K, 2]: ranges of ``symbols`` that differ from ``text``, empty where only the text has more; control symbols are no text."""
     places = np.flatnonzero(symbols < FIRST_CONTROL)
     rows = common_stretches(symbols[places], text)
     begin, stop = rows[:-1, 0] + rows[:-1, 2], rows[1:, 0]

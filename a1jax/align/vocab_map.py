@@ -63,14 +63,14 @@ class VocabMap:
         begins = np.flatnonzero(np.diff(self.student_starts))
         own = begins[self.student_symbols[self.student_starts[begins]] < vocab_map_build.FIRST_CONTROL]
         fold = self.unit_of_student[own]
-        spread = np.percentile(fan_in, (50, 90, 99)) if len(fan_in) else np.zeros(3)
+        spread = np.percentile(fan_in, (50, 90, 99), method="inverted_cdf") if len(fan_in) else np.zeros(3)
         return {
             "mode": self.mode, "student_ids": int(self.student_valid.sum()), "teacher_ids": int(self.teacher_valid.sum()),
             "exact": int(np.sum(equal & (units != NONE))), "prefix": int(np.sum(~equal & (units != NONE))),
             "residual": int(np.sum(units == NONE)), "units": len(reached), "folded": int(np.sum((fold != own) & (fold != NONE))),
             "unmatched": int(np.sum(fold == NONE)), "controls": int(np.sum(self.unit_of_teacher[control] != NONE)),
             "controls_residual": int(np.sum(self.unit_of_teacher[control] == NONE)), "fan_in_max": int(fan_in.max(initial=0)),
-            "fan_in_p50": float(spread[0]), "fan_in_p90": float(spread[1]), "fan_in_p99": float(spread[2]),
+            "fan_in_p50": int(spread[0]), "fan_in_p90": int(spread[1]), "fan_in_p99": int(spread[2]),
         }  # fmt: skip
 
     def starting_with(self, teacher_id: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
