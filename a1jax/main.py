@@ -1,4 +1,5 @@
-"""The command line: parse and dispatch. ``a1jax run FILE[:arg]`` and ``a1jax prepare SRC... --out DIR --tokenizer PATH``.
+"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``,
+``a1jax vocab-map STUDENT TEACHER -o FILE``.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(words)
     try:
-        return run(args, words) if args.command == "run" else prepare(args)
+        return run(args, words) if args.command == "run" else COMMANDS[args.command](args)
     except ValueError as error:
         if not isinstance(error, _user_errors()):
             raise
@@ -67,6 +68,27 @@ def prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def vocab_map(args: argparse.Namespace) -> int:
+    """Builds the vocabulary map of two tokenizers, writes it and prints its counts."""
+    from a1jax.align import byte_table, roles, vocab_map
+    from a1jax.config import ConfigError
+    from a1jax.data import tokenizer
+
+    tables = []
+    for path, size, own in ((args.student, args.student_size, args.student_roles), (args.teacher, args.teacher_size, args.teacher_roles)):
+        tables.append(byte_table.of(tokenizer.load(path), size, roles.read(own) if own else None))
+    made = vocab_map.build(*tables, args.mode)
+    try:
+        vocab_map.save(made, args.output)
+    except OSError as error:
+        raise ConfigError(f"{args.output} cannot be written ({error.strerror}): choose another -o FILE") from None
+    print(made.table())
+    return 0
+
+
+COMMANDS = {"prepare": prepare, "vocab-map": vocab_map}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="a1jax", description="Trains long-horizon agents in three stages.")
     parser.add_argument("--version", action="version", version=f"a1jax {__version__}")
@@ -82,6 +104,21 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--out", metavar="DIR", required=True, help="folder of the dataset")
     each.add_argument("--tokenizer", metavar="PATH", required=True, help="a sentencepiece model or a tokenizer.json")
     each.add_argument("--strict", action="store_true", help="stop at the first record that cannot be used, instead of counting it")
+    each = commands.add_parser(
+        "vocab-map",
+        help="map a teacher's vocabulary onto a student's",
+        description="Builds the map of two tokenizers and prints its counts.",
+    )
+    for side in ("student", "teacher"):
+        each.add_argument(
+            side, metavar=side.upper(), help=f"the {side}'s tokenizer: tokenizer.json, SentencePiece model, rank file, or folder"
+        )
+        each.add_argument(f"--{side}-size", metavar="ROWS", type=int, help=f"rows of the {side}'s output matrix, if padded")
+        each.add_argument(
+            f"--{side}-roles", metavar="FILE", help="JSON {role: [id or spelling, ...]}: control roles the built-in table lacks"
+        )
+    each.add_argument("-o", "--output", metavar="FILE", required=True, help="the map to write (.npz)")
+    each.add_argument("--mode", metavar="MODE", help="identity, two_sided, one_sided or shared (default: identity or two_sided)")
     return parser
 
 

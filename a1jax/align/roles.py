@@ -25,8 +25,9 @@ NEVER = ("bos", "pad")
 SPELLED = ("think_open", "think_close", "tool_call_open", "tool_call_close", "tool_response_open", "tool_response_close")
 """Roles that a tokenizer without such a token writes as text, so that the atomic token stands for its spelling there."""
 
-HEADERS = ("turn_start", "header_close", "user_open", "user_close", "system_open", "system_close", "tools_open", "tools_close")
-"""Roles of a template's own tokens."""
+HEADERS = ("turn_start", "header_close", "user_open", "user_close", "system_open", "system_close", "tools_open", "tools_close",
+           "calls_open", "results_open", "results_close", "code_open")  # fmt: skip
+"""Roles of a template's own tokens, which no text stands for."""
 
 TABLE: dict[str, tuple[str, ...]] = {
     "turn_end": ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|return|>", "<|call|>", "<|end|>", "<|eom_id|>"),
@@ -35,10 +36,10 @@ TABLE: dict[str, tuple[str, ...]] = {
     "pad": ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]"),
     "think_open": ("<think>", "[THINK]"),
     "think_close": ("</think>", "[/THINK]"),
-    "tool_call_open": ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"),
+    "tool_call_open": ("<tool_call>",),
     "tool_call_close": ("</tool_call>",),
-    "tool_response_open": ("<tool_response>", "[TOOL_RESULTS]"),
-    "tool_response_close": ("</tool_response>", "[/TOOL_RESULTS]"),
+    "tool_response_open": ("<tool_response>",),
+    "tool_response_close": ("</tool_response>",),
     "turn_start": ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|start|>"),
     "header_close": ("<|end_header_id|>", "<|message|>"),
     "user_open": ("[INST]", "<｜User｜>"),
@@ -47,8 +48,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "system_close": ("[/SYSTEM_PROMPT]",),
     "tools_open": ("[AVAILABLE_TOOLS]",),
     "tools_close": ("[/AVAILABLE_TOOLS]",),
+    "calls_open": ("[TOOL_CALLS]",),
+    "results_open": ("[TOOL_RESULTS]",),
+    "results_close": ("[/TOOL_RESULTS]",),
+    "code_open": ("<|python_tag|>",),
 }
-"""Role -> the spellings that have it wherever they are one control or added token."""
+"""Role -> the spellings that have it wherever they are one control or added token. calls_open and code_open begin calls of another
+format than tool_call_open (a list without an end, code), so that one is no counterpart of the other: a student that has such a token
+and yet writes ``<tool_call>`` as text is to be compared by bytes."""
 
 NAMES = (*STOPS, *NEVER, *SPELLED, *HEADERS)
 

@@ -73,6 +73,13 @@ class VocabMap:
             "fan_in_p50": int(spread[0]), "fan_in_p90": int(spread[1]), "fan_in_p99": int(spread[2]),
         }  # fmt: skip
 
+    def table(self) -> str:
+        """The counts of ``stats`` as text, a line each, and the roles compared as one symbol."""
+        lines = [f"{name:18} {value}" for name, value in self.stats().items()]
+        if self.mode != "identity":
+            lines += [f"role {role:13} student {list(ours)} teacher {list(theirs)}" for role, (ours, theirs) in self.roles.items()]
+        return "\n".join(lines)
+
     def starting_with(self, teacher_id: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
         """(teacher ids, units) of all teacher text tokens that share the first ``offset`` > 0 bytes of ``teacher_id``: where a student
         token begins that far into it, these are the possible ones, and what each stands for from there (NONE: the token ends there)."""
@@ -113,7 +120,7 @@ def load(path: str | pathlib.Path, student: Tokenizer | ByteTable, teacher: Toke
     of other sizes of their output matrices or roles, or of another version of the builder."""
     again = "build it again with a1jax vocab-map"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
         fields |= json.loads(str(fields.pop("meta")))
         fields["roles"] = {role: (tuple(ours), tuple(theirs)) for role, (ours, theirs) in fields["roles"].items()}

@@ -43,10 +43,10 @@ def test_small_turn_by_hand(wordy):
 
 def _define(made):
     """(teacher, offset, last, reach, complete) of every text token, by walking the bytes."""
-    ends = np.cumsum([len(made.teacher.bytes[t]) if made.teacher.kind[t] == 0 else 1 for t in made.teacher_ids])
+    ends = np.cumsum([len(made.teacher.bytes[t]) or 1 for t in made.teacher_ids])
     begins, at, rows = np.append(0, ends)[:-1], 0, []
     for i in made.student_ids:
-        stop = at + (len(made.student.bytes[i]) if made.student.kind[i] == 0 else 1)
+        stop = at + (len(made.student.bytes[i]) or 1)
         j = max(k for k in range(len(begins)) if begins[k] <= at)
         m = max(k for k in range(len(begins)) if begins[k] < stop)
         rows.append((j, at - begins[j], m, stop - begins[m], stop == ends[m]))
