@@ -67,6 +67,8 @@ def test_a_real_map(maps, tables, pair):
     for t in rng.choice(made.order[: made.text_count], 500).tolist():
         b = teacher.bytes[t]
         assert made.unit_of_teacher[t] == next(words[b[:n]] for n in range(len(b), 0, -1) if b[:n] in words)
+    for t in rng.choice(made.order[: made.text_count], 20).tolist():
+        b = teacher.bytes[t]
         d = int(rng.integers(0, len(b)))
         at = made.teacher_starts[t] + d
         mates = made.order[made.low[at] : made.high[at]]
