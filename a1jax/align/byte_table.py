@@ -94,7 +94,7 @@ class ByteTable:
     name: str  # where it came from, for messages
     bytes: tuple[bytes, ...]  # [V]; of a control token the text a tokenizer without it would write, b"" for none and for invalid ids
     kind: np.ndarray  # uint8 [V]: TEXT, CONTROL or INVALID
-    canonical: np.ndarray  # int32 [V]: of several text ids with equal bytes the one the encoder writes; itself elsewhere
+    canonical: np.ndarray  # int32 [V]: of several ids with equal bytes the one the encoder writes; itself elsewhere
     roles: control_roles.Roles  # role -> ids; a text id (an added token such as <think>) may have one too
     hash: str  # SHA-256 (hex) of all of the above but the name
 
@@ -132,7 +132,7 @@ def make(
     spelled = {i for role in control_roles.SPELLED for i in roles.get(role, ())}
     texts = tuple(b if b is not None else spelling.get(i, "").encode() if i in spelled else b"" for i, b in enumerate(table))
     texts += (b"",) * (size - len(table))
-    canonical = _canonical(texts, kind, encode)
+    canonical = _canonical(texts, encode)
     return ByteTable(name, texts, kind, canonical, roles, _hash(texts, kind, canonical, roles))
 
 
@@ -150,13 +150,13 @@ def of(tokenizer: Tokenizer | ByteTable, vocab_size: int | None = None, roles: c
     return make(tokenizer.table, spelling, found, vocab_size, tokenizer.encoder, tokenizer.path)
 
 
-def _canonical(texts: Sequence[bytes], kind: np.ndarray, encode: Callable[[str], list[int]] | None) -> np.ndarray:
+def _canonical(texts: Sequence[bytes], encode: Callable[[str], list[int]] | None) -> np.ndarray:
     canonical = np.arange(len(texts), dtype=np.int32)
     groups: dict[bytes, list[int]] = {}
-    for i in np.flatnonzero(kind == TEXT).tolist():
-        groups.setdefault(texts[i], []).append(i)
+    for i, text in enumerate(texts):
+        groups.setdefault(text, []).append(i)
     for text, ids in groups.items():
-        if len(ids) > 1:
+        if text and len(ids) > 1:
             canonical[ids] = _written(text, ids, encode)
     return canonical
 

@@ -68,7 +68,7 @@ def align(student_ids: Ids, teacher_ids: Ids, vocab_map: VocabMap, text: str | b
     rows = common_stretches(ours.symbols, theirs.symbols[skip:])
     rows[:, 1] += skip
     if text is not None:
-        raw = np.frombuffer(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, np.uint8).astype(np.uint16)
+        raw = np.frombuffer(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text, np.uint8).astype(np.uint32)
         rows = _without(rows, _differences(ours.symbols, raw), column=0)
         rows = _without(rows, _differences(theirs.symbols[skip:], raw) + skip, column=1)
     return _spans(ours, theirs, rows, len(student_ids))
@@ -76,7 +76,7 @@ def align(student_ids: Ids, teacher_ids: Ids, vocab_map: VocabMap, text: str | b
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Frame:
-    symbols: np.ndarray  # uint16 [L]
+    symbols: np.ndarray  # uint32 [L]
     index: np.ndarray  # int64 [N]: place in the ids of every token that has symbols
     begin: np.ndarray  # int64 [N]: where its symbols begin
     end: np.ndarray  # int64 [N]

@@ -41,9 +41,9 @@ class VocabMap:
     order: np.ndarray  # int32 [V_T]: teacher ids, text tokens sorted by bytes first
     rank: np.ndarray  # int32 [V_T]: its inverse; text tokens have rank < text_count
     text_count: int
-    student_symbols: np.ndarray  # uint16
+    student_symbols: np.ndarray  # uint32
     student_starts: np.ndarray  # int64 [V_S + 1]
-    teacher_symbols: np.ndarray  # uint16
+    teacher_symbols: np.ndarray  # uint32
     teacher_starts: np.ndarray  # int64 [V_T + 1]
     student_valid: np.ndarray  # bool [V_S]: false for padding rows and holes, which no softmax may see
     teacher_valid: np.ndarray  # bool [V_T]

@@ -24,10 +24,11 @@ FIRST_CONTROL = 256
 class Side:
     """One tokenizer as the pair sees it."""
 
-    flat: np.ndarray  # uint16: the symbols of all ids, end to end
+    flat: np.ndarray  # uint32: the symbols of all ids, end to end
     starts: np.ndarray  # int64 [V + 1]: id i is flat[starts[i]:starts[i + 1]]; empty where it has no counterpart
     text: np.ndarray  # bool [V]: stands for its bytes
     control: np.ndarray  # int32 [V]: number of its control symbol, NONE for none
+    canonical: np.ndarray  # int32 [V]: of the text ids with equal bytes the one that stands for all
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,16 +79,20 @@ def _spelled_alike(role: str, ours: tuple[int, ...], theirs: tuple[int, ...], st
 def _side(table: ByteTable, text: np.ndarray, control: np.ndarray) -> Side:
     bytes_of = [b if is_text else b"\0" if number != NONE else b"" for b, is_text, number in zip(table.bytes, text, control, strict=True)]
     flat, starts = flatten(bytes_of)
-    flat = flat.astype(np.uint16)
+    flat = flat.astype(np.uint32)
     atoms = np.flatnonzero(control != NONE)
     flat[starts[atoms]] = FIRST_CONTROL + control[atoms]
-    return Side(flat, starts, text, control)
+    canonical = table.canonical.copy()
+    orphans = np.flatnonzero(text & ~text[canonical])  # text whose canonical id is a control token in this pair
+    _, first, group = np.unique(canonical[orphans], return_index=True, return_inverse=True)
+    canonical[orphans] = orphans[first[group]]
+    return Side(flat, starts, text, control, canonical)
 
 
 def arrays(student: ByteTable, teacher: ByteTable, mode: Mode) -> dict[str, Any]:
     """Every field of the map but its hashes; names, shapes and meanings in ``vocab_map.VocabMap``."""
     ours, theirs, pairs = sides(student, teacher, mode)
-    own = np.flatnonzero(ours.text & (student.canonical == np.arange(len(student))))
+    own = np.flatnonzero(ours.text & (ours.canonical == np.arange(len(student))))
     trie = _trie(ours, own)
     suffix, size = _suffixes(trie, theirs)
     if mode == "shared":  # equal bytes only, at every offset
@@ -135,14 +140,14 @@ def _fold(mode: Mode, student: ByteTable, side: Side, own: np.ndarray, units: np
         fold[valid] = valid
         return fold
     if mode == "one_sided":
-        fold[side.text] = student.canonical[side.text]
+        fold[side.text] = side.canonical[side.text]
     else:
         reached = np.zeros(len(student), bool)
         reached[units[units != NONE]] = True
         kept = own[reached[own]]
         if mode == "shared":
             fold[kept] = kept
-            fold[side.text] = fold[student.canonical[side.text]]
+            fold[side.text] = fold[side.canonical[side.text]]
         else:
             texts = np.flatnonzero(side.text)
             fold[texts], _ = _trie(side, kept).longest_prefix(side.flat, side.starts[texts], side.starts[texts + 1])

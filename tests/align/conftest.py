@@ -24,10 +24,10 @@ class Pair:
     rng: np.random.Generator
 
 
-def _table(rng, words, complete=True):
-    """Random words over LETTERS (all of those alone too where complete), some twice, controls, holes, in random order of ids."""
-    drawn = {b"".join(LETTERS[k] for k in rng.integers(0, len(LETTERS), rng.integers(1, 6))) for _ in range(words)}
-    entries = [*sorted(drawn | set(LETTERS if complete else ())), None, None, None, None, None]
+def _table(rng, words, letters):
+    """Random words over ``letters``, all of those alone, some twice, controls, a hole, in random order of ids."""
+    drawn = {b"".join(letters[k] for k in rng.integers(0, len(letters), rng.integers(1, 6))) for _ in range(words)}
+    entries = [*sorted(drawn | set(letters)), None, None, None, None, None]
     entries += [entries[k] for k in rng.integers(0, len(entries) - 5, 3)]  # aliases
     place = rng.permutation(len(entries))
     table = [entries[k] for k in place]
@@ -51,9 +51,10 @@ def written(rng, table, text):
 
 def make_pair(seed, mode=None, stop=True, same=False):
     rng = np.random.default_rng(seed)
-    student = _table(rng, int(rng.integers(0, 40)))
-    teacher = student if same else _table(rng, int(rng.integers(0, 40)))
-    text = b"".join(LETTERS[k] for k in rng.integers(0, len(LETTERS), rng.integers(0, 30)))
+    letters = LETTERS[: int(rng.choice([2, 3, len(LETTERS)]))]  # few letters make tokens that often begin alike
+    student = _table(rng, int(rng.integers(0, 40)), letters)
+    teacher = student if same else _table(rng, int(rng.integers(0, 40)), letters)
+    text = b"".join(letters[k] for k in rng.integers(0, len(letters), rng.integers(0, 30)))
     ours, theirs = written(rng, student, text), written(rng, teacher, text)
     theirs = ours if same else theirs
     if stop:

@@ -1,6 +1,8 @@
 """The aligned target: hand-computed on a small pair, and the properties of the design's section 4 on random ones."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,12 @@ MODES = st.sampled_from(["two_sided", "one_sided", "shared"])
 def _targets(made, log_p=None):
     found = spans.align(made.student_ids, made.teacher_ids, made.map, made.text)
     return found, target.target(made.log_p if log_p is None else log_p, made.student_ids, made.teacher_ids, found, made.map)
+
+
+def _unchained(made, found):
+    """Targets as if every student token ended within its first teacher token."""
+    ends = dataclasses.replace(found, last=found.teacher, complete=np.ones_like(found.complete))
+    return target.target(made.log_p, made.student_ids, made.teacher_ids, ends, made.map)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +117,7 @@ def test_a_dummy_prefix_conditions_the_first_token(pair, write):
 def test_every_student_token_gets_what_the_teacher_gives_to_its_extensions(pair, seed, mode):
     made = pair(seed, mode)
     found = spans.align(made.student_ids, made.teacher_ids, made.map)
-    unchained = dataclasses.replace(found, last=found.teacher)  # the move of the chain's mass is a step of its own
-    got = target.target(made.log_p, made.student_ids, made.teacher_ids, unchained, made.map)
+    got = _unchained(made, found)  # the move of the chain's mass is a step of its own
     own = [v for v, b in enumerate(made.student.bytes) if b and made.student.canonical[v] == v]
     for i, j in enumerate(found.teacher):
         d = int(found.offset[i])
@@ -130,7 +137,7 @@ def test_every_student_token_gets_what_the_teacher_gives_to_its_extensions(pair,
 def test_a_chain_moves_its_own_mass_to_what_was_written(pair, seed):
     made = pair(seed, "one_sided")
     found, got = _targets(made)
-    plain = target.target(made.log_p, made.student_ids, made.teacher_ids, dataclasses.replace(found, last=found.teacher), made.map)
+    plain = _unchained(made, found)
     for i, written in enumerate(made.student_ids):
         moved = got.q[i] - plain.q[i]
         if not found.chained[i]:
@@ -243,3 +250,9 @@ def test_infinite_logits(digits):
     assert got.score[1] == -np.inf and got.score[2] == -np.inf and np.isfinite(got.q).all()
     np.testing.assert_allclose(got.q.sum(axis=1) + got.residual, 1)
     assert got.residual[2] == 1
+
+
+def test_the_host_side_needs_no_jax():
+    code = "import sys\nfrom a1jax.align import byte_table, spans, target, vocab_map\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ".", "PATH": ""}, check=True)
+    assert done.stdout == "False\n"

