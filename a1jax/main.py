@@ -1,5 +1,5 @@
 """The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``,
-``a1jax import HF_DIR RUN_DIR`` and ``a1jax export RUN_DIR HF_DIR``.
+``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR`` and ``a1jax vocab-map STUDENT TEACHER -o FILE``.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
@@ -85,7 +85,25 @@ def export_hf(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"prepare": prepare, "import": import_hf, "export": export_hf}
+def vocab_map(args: argparse.Namespace) -> int:
+    """Builds the vocabulary map of two tokenizers, writes it and prints its counts."""
+    from a1jax.align import byte_table, roles, vocab_map
+    from a1jax.config import ConfigError
+    from a1jax.data import tokenizer
+
+    tables = []
+    for path, size, own in ((args.student, args.student_size, args.student_roles), (args.teacher, args.teacher_size, args.teacher_roles)):
+        tables.append(byte_table.of(tokenizer.load(path), size, roles.read(own) if own else None))
+    made = vocab_map.build(*tables, args.mode)
+    try:
+        vocab_map.save(made, args.output)
+    except OSError as error:
+        raise ConfigError(f"{args.output} cannot be written ({error.strerror}): choose another -o FILE") from None
+    print(made.table())
+    return 0
+
+
+COMMANDS = {"prepare": prepare, "import": import_hf, "export": export_hf, "vocab-map": vocab_map}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +132,21 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("path", metavar="HF_DIR", help="the checkpoint folder to make")
     each.add_argument("--stage", metavar="NAME", help="of a run with several finished stages")
     each.add_argument("--source", metavar="HF_DIR", help="the checkpoint it came from: keeps what is not the text model's, names and types")
+    each = commands.add_parser(
+        "vocab-map",
+        help="map a teacher's vocabulary onto a student's",
+        description="Builds the map of two tokenizers and prints its counts.",
+    )
+    for side in ("student", "teacher"):
+        each.add_argument(
+            side, metavar=side.upper(), help=f"the {side}'s tokenizer: tokenizer.json, SentencePiece model, rank file, or folder"
+        )
+        each.add_argument(f"--{side}-size", metavar="ROWS", type=int, help=f"rows of the {side}'s output matrix, if padded")
+        each.add_argument(
+            f"--{side}-roles", metavar="FILE", help="JSON {role: [id or spelling, ...]}: control roles the built-in table lacks"
+        )
+    each.add_argument("-o", "--output", metavar="FILE", required=True, help="the map to write (.npz)")
+    each.add_argument("--mode", metavar="MODE", help="identity, two_sided, one_sided or shared (default: identity or two_sided)")
     return parser
 
 

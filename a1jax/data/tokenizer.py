@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from a1jax.data import tokenizer_formats
+from a1jax.data import tokenizer_formats, tokenizer_ranks
 from a1jax.data.errors import DataError
 from a1jax.data.sentencepiece_training import train_model
 from a1jax.data.tokenizer_formats import Tokenizer
@@ -18,16 +18,20 @@ __all__ = ["Tokenizer", "load", "train_sentencepiece"]
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-    """Tokenizer from a SentencePiece model, a ``tokenizer.json`` (plain, .gz or .xz), or a folder that holds one of them.
+    """Tokenizer from a SentencePiece model, a ``tokenizer.json``, a tiktoken-style rank file (each plain, .gz or .xz), or a folder that
+    holds one of them.
 
-    A ``tokenizer_config.json`` beside the file gives the chat template and the end, pad and begin tokens; a ``chat_template.jinja``
-    beside it gives the template. Raises DataError when the file is missing or neither of the two formats.
+    A ``tokenizer_config.json`` beside the file gives the chat template and the end, pad and begin tokens, and for a rank file its
+    special tokens and its pattern (see ``tokenizer_ranks``); a ``chat_template.jinja`` beside it gives the template.
+    Raises DataError when the file is missing or none of the three formats.
     """
     file = _find(pathlib.Path(path))
     raw = _read(file)
     config = _config(file.parent)
     if raw.lstrip()[:1] == b"{":
         return tokenizer_formats.hugging_face(file, raw, config)
+    if tokenizer_ranks.is_rank_file(raw):
+        return tokenizer_ranks.rank_file(file, raw, config)
     return tokenizer_formats.sentencepiece_model(file, raw, config)
 
 
@@ -57,13 +61,13 @@ def train_sentencepiece(
 
 def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_dir():
-        for pattern in ("tokenizer.json", "tokenizer.json.xz", "tokenizer.json.gz", "*.model", "*.model.v*"):
+        for pattern in ("tokenizer.json", "tokenizer.json.xz", "tokenizer.json.gz", "*.model", "*.model.v*", "*.tiktoken"):
             found = sorted(path.glob(pattern))
             if found:
                 return found[0]
-        raise DataError(f"no tokenizer in folder {path}: expected tokenizer.json (also .xz, .gz) or a SentencePiece *.model")
+        raise DataError(f"no tokenizer in folder {path}: expected tokenizer.json (also .xz, .gz), a SentencePiece *.model or a *.tiktoken")
     if not path.is_file():
-        raise DataError(f"no tokenizer file at {path}: give a tokenizer.json, a SentencePiece model, or a folder with one")
+        raise DataError(f"no tokenizer file at {path}: give a tokenizer.json, a SentencePiece model, a rank file, or a folder with one")
     return path
 
 

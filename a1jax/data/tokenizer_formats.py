@@ -1,4 +1,4 @@
-"""The two families of tokenizers behind one face: SentencePiece models and Hugging Face ``tokenizer.json``.
+"""One face for all tokenizers, and two families behind it: SentencePiece models and Hugging Face ``tokenizer.json``.
 
 Both encode a piece of text as it is: no dummy prefix, no added begin or end token, so pieces can be encoded one by one and joined.
 Both decode through their byte table, so decoding is exact for whatever ids a model samples.
@@ -17,15 +17,11 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from a1jax.align import byte_table as bytes_of
+from a1jax.align import roles as control_roles
 from a1jax.data.errors import DataError
 
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "</s>")
 _PADS = ("<|endoftext|>", "<pad>", "<unk>", "</s>")
-_ROLES = {
-    "turn_start": "<|im_start|>", "turn_end": "<|im_end|>", "think_open": "<think>", "think_close": "</think>",
-    "tool_call_open": "<tool_call>", "tool_call_close": "</tool_call>",
-    "tool_response_open": "<tool_response>", "tool_response_close": "</tool_response>",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,10 +61,11 @@ class Tokenizer:
         return list(self.table)
 
     def roles(self) -> dict[str, int]:
-        """Control role -> id, for the roles that are one id here: turn_start, turn_end, eos, bos, pad, think_open, ..."""
-        found = {role: self.pieces[text] for role, text in _ROLES.items() if text in self.pieces}
-        ends = {"turn_end": self.eos_id, "eos": self.eos_id, "pad": self.pad_id} | ({} if self.bos_id is None else {"bos": self.bos_id})
-        return ends | found
+        """Control role -> id, for the roles that are one id here: turn_start, turn_end, eos, bos, pad, think_open, ... (the table and
+        several ids of one role: ``a1jax.align.roles``)."""
+        found = control_roles.find(self.pieces, self.eos_id, self.bos_id, self.pad_id)
+        ends = {"eos": self.eos_id, "pad": self.pad_id} | ({} if self.bos_id is None else {"bos": self.bos_id})
+        return {role: ids[0] for role, ids in found.items()} | ends
 
     @property
     def turn_end(self) -> str:
@@ -90,7 +87,7 @@ def _well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _finish(file, config, spelling, table, pieces, defaults, encoder, batch_encoder) -> Tokenizer:
+def finish(file, config, spelling, table, pieces, defaults, encoder, batch_encoder) -> Tokenizer:
     """Choose the special ids (the config's word first, then ``defaults``, then known spellings) and build the Tokenizer."""
 
     def pick(key: str, spellings: Sequence[str]) -> int | None:
@@ -144,7 +141,7 @@ def sentencepiece_model(file: pathlib.Path, raw: bytes, config: dict[str, Any]) 
         return processor.encode(first) + [i for part in rest for i in (*mark, *processor.encode(part))]
 
     defaults = {"eos_token": processor.eos_id(), "bos_token": processor.bos_id(), "pad_token": processor.pad_id()}
-    return _finish(file, config, spelling, table, pieces, defaults, encode, lambda texts: [encode(text) for text in texts])
+    return finish(file, config, spelling, table, pieces, defaults, encode, lambda texts: [encode(text) for text in texts])
 
 
 def hugging_face(file: pathlib.Path, raw: bytes, config: dict[str, Any]) -> Tokenizer:
@@ -157,6 +154,11 @@ def hugging_face(file: pathlib.Path, raw: bytes, config: dict[str, Any]) -> Toke
     kind = spec["model"].get("type")
     if kind not in ("BPE", "Unigram", None):
         raise DataError(f"{file} holds a {kind} model, whose tokens have no fixed bytes: use a BPE, Unigram or SentencePiece tokenizer")
+    marks = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if spec["model"].get(key)]
+    if marks:
+        raise DataError(
+            f"{file} marks words with {marks[0]}, so its tokens have no fixed bytes: use a byte-level or SentencePiece tokenizer"
+        )
     added = {entry["id"]: entry for entry in spec.get("added_tokens", [])}
     vocabulary = model.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
@@ -174,7 +176,7 @@ def hugging_face(file: pathlib.Path, raw: bytes, config: dict[str, Any]) -> Toke
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    return _finish(file, config, spelling, table, pieces, {}, encode, encode_batch)
+    return finish(file, config, spelling, table, pieces, {}, encode, encode_batch)
 
 
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,15 @@ def test_metaspace_prefix_is_taken_off(tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizer.load(tmp_path)
     assert loaded.encode("ab") == [4, 5] and loaded.encode(" ab\n") == [3, 5, 6 + 10] and loaded.decode(loaded.encode(" ab\n")) == " ab\n"
+    assert loaded.table[1:6] == (None, b" ", b" a", b"a", b"b") and loaded.table[6 + 0xFF] == b"\xff"
+
+
+@pytest.mark.parametrize("mark", ["end_of_word_suffix", "continuing_subword_prefix"])
+def test_marked_words_have_no_fixed_bytes(tmp_path, mark):
+    model = tokenizers.models.BPE(vocab={"a</w>": 0, "</s>": 1}, merges=[], **{mark: "</w>"})
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=f"marks words with {mark}"):
+        tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"{", b'{"model": 1}', b"\xfd7zXZ\x00broken", b"\x1f\x8bbroken"])
