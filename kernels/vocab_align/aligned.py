@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import blocks, kernel, planes, stream, tuning
 from .layout import NOWHERE, Arranged, Layout
 
 Implementation = Literal["auto", "xla", "pallas", "interpret"]
-Between = tuple[jax.Array, jax.Array] | None
+Between = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None
 
 TOGETHER = 8192  # tokens that go through the kernel at a time: its candidates are 16 KiB a token
 AGAIN = 128  # doubtful rows that are computed again at a time
@@ -63,6 +64,7 @@ def aligned_topk(
     """
     tokens = _check(hidden, arranged.matrix.shape[1], k, between, temperature, implementation)
     hidden, arranged = lax.stop_gradient((hidden, arranged))
+    between = None if between is None else tuple(jnp.asarray(x, jnp.int32) for x in between)
     block = arranged.block
 
     def search(by_unit: bool, hidden: jax.Array, between: Between) -> stream.Found:
@@ -95,6 +97,7 @@ def aligned_topk_logits(
         raise ValueError(f"logits {logits.shape} must be [N, V] with V above {layout.source.max(initial=-1)}, the highest id of the map")
     tokens = _check(logits, logits.shape[1], k, between, temperature, "xla")
     logits = lax.stop_gradient(logits)
+    between = None if between is None else tuple(jnp.asarray(x, jnp.int32) for x in between)
     source = jnp.asarray(layout.source).reshape(-1, layout.block)
 
     def search(by_unit: bool, logits: jax.Array, between: Between) -> stream.Found:
@@ -141,7 +144,7 @@ def _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, int
         everything = jnp.logaddexp(found.aligned, found.residual) if found.everything is None else found.everything
         return stream.Found(*stream.sort_by_unit(values[:, :k], units), certain, found.aligned, found.residual, everything)
 
-    bounds = None if between is None else tuple(x.astype(jnp.int32)[:, None] for x in between)
+    bounds = None if between is None else tuple(x[:, None] for x in between)
     parts = jax.tree.map(lambda x: _cut(x, together), (hidden, bounds))
     found = lax.map(some, parts) if parts[0].shape[0] > 1 else jax.tree.map(lambda x: x[None], some(jax.tree.map(lambda x: x[0], parts)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], found)

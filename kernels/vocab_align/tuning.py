@@ -29,7 +29,8 @@ MIB = 1 << 20
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """tokens: TM, a multiple of rows. width: DK, divides D. bins: L, a multiple of R / 16 that divides R or is a multiple of it;
-    depth: values kept per bin. rows, lanes: what is handled at once in registers, lanes a multiple of R / 16. vmem_limit: bytes the compiler may use."""
+    depth: values kept per bin. rows, lanes: what is handled at once in
+    registers, lanes a multiple of R / 16. vmem_limit: bytes the compiler may use."""
 
     tokens: int
     width: int
