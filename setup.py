@@ -38,6 +38,17 @@ setup(
         "tokenizers",
         "tqdm",
     ],
-    extras_require={"test": ["beartype", "hypothesis", "pytest", "pytest-xdist", "ruff", "setuptools", "wheel"]},
+    extras_require={
+        "test": [
+            "beartype",
+            "hypothesis",
+            "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the TPU compiler: kernels are compiled in tests
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools",
+            "wheel",
+        ]
+    },
     entry_points={"console_scripts": ["a1jax = a1jax.main:main"]},
 )

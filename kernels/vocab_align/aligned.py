@@ -6,6 +6,7 @@ teachers are frozen. Tokens may be sharded only through ``jax.shard_map``, where
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import blocks, kernel, planes, stream, tuning
-from .layout import NOWHERE, Arranged, Layout
+from . import blocks, kernel, kernel_gpu, planes, stream, tuning
+from .layout import FAT, NOWHERE, Arranged, Layout
 
-Implementation = Literal["auto", "xla", "pallas", "interpret"]
+Implementation = Literal["auto", "xla", "pallas", "triton", "interpret"]
 Between = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None
 
 TOGETHER = 8192  # tokens that go through the kernel at a time: its candidates are 16 KiB a token
@@ -57,21 +58,17 @@ def aligned_topk(
     hidden [N, D]; arranged: ``layout.arrange(unembed, layout.build(unit_of_teacher))``; between: int32 [N] twice, only rows of
     rank lower <= rank < upper count then (a straddled position: teacher tokens that start with the pending bytes).
     soft_cap, temperature: logits become cap * tanh(logit / cap) / temperature. implementation: "auto" is the kernel on a TPU
-    and blocked XLA elsewhere; "interpret" runs the kernel's body anywhere, slowly. tiles: of the kernel, by default for the
-    device in use; no result depends on them.
+    and blocked XLA elsewhere; "triton" is the kernel for GPUs, not yet tried on one; "interpret" runs the TPU kernel's body
+    anywhere, slowly. tiles: of the kernel, by default for the device in use; no result depends on them.
 
     Raises ValueError for shapes that do not belong together, k below 1, another implementation, or a temperature not above 0.
     """
     tokens = _check(hidden, arranged.matrix.shape[1], k, between, temperature, implementation)
     hidden, arranged = lax.stop_gradient((hidden, arranged))
     between = None if between is None else tuple(jnp.asarray(x, jnp.int32) for x in between)
-    block = arranged.block
 
     def search(by_unit: bool, hidden: jax.Array, between: Between) -> stream.Found:
-        def read(index):
-            rows = lax.dynamic_slice_in_dim(arranged.matrix, index * block, block)
-            return planes.shape(blocks.product(hidden, rows), soft_cap, temperature)
-
+        read = _reader(hidden, arranged, soft_cap, temperature)
         return stream.search(read, hidden.shape[0], arranged, k, between, by_unit)
 
     if implementation == "auto":
@@ -79,8 +76,10 @@ def aligned_topk(
     if implementation == "xla":
         found = search(False, hidden, between)
     else:
-        tiles = tiles or tuning.tiles_for(jax.devices()[0].device_kind, block, hidden.shape[1], k)
-        found = _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, implementation == "interpret")
+        name = "gpu" if implementation == "triton" else jax.devices()[0].device_kind
+        tiles = tiles or tuning.tiles_for(name, arranged.block, hidden.shape[1], k)
+        form = kernel_gpu if implementation == "triton" else kernel
+        found = _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, implementation == "interpret", form)
     return _certified(found, search, (hidden, between), tokens)
 
 
@@ -123,7 +122,17 @@ def _check(array, width, k, between, temperature, implementation) -> int:
     return tokens
 
 
-def _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, interpret) -> stream.Found:
+def _reader(hidden: jax.Array, arranged: Arranged, soft_cap: float | None, temperature: float) -> stream.Read:
+    """Number of a block -> its logits [N, R]."""
+
+    def read(index: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(arranged.matrix, index * arranged.block, arranged.block)
+        return planes.shape(blocks.product(hidden, rows), soft_cap, temperature)
+
+    return read
+
+
+def _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, interpret, form=kernel) -> stream.Found:
     """The kernel on tiles of tokens, and the choice among its candidates."""
     if k >= tiles.bins * tiles.depth:
         raise ValueError(
@@ -134,7 +143,7 @@ def _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, int
 
     def some(part):
         hidden, bounds = part
-        found = kernel.candidates(hidden, arranged, tiles, bounds, soft_cap, temperature, interpret)
+        found = form.candidates(hidden, arranged, tiles, bounds, soft_cap, temperature, interpret)
         values, place = lax.top_k(found.values, k + 1)
         places = jnp.take_along_axis(found.places, place[:, :k], axis=1)
         units = jnp.where(jnp.isneginf(values[:, :k]), NOWHERE, arranged.units.reshape(-1)[jnp.maximum(places, 0)])
@@ -142,12 +151,28 @@ def _with_kernel(hidden, arranged, k, between, soft_cap, temperature, tiles, int
         dropped = jnp.maximum(found.evicted, values[:, k])
         certain = (values[:, k - 1] > dropped) | jnp.isneginf(dropped)
         everything = jnp.logaddexp(found.aligned, found.residual) if found.everything is None else found.everything
-        return stream.Found(*stream.sort_by_unit(values[:, :k], units), certain, found.aligned, found.residual, everything)
+        best = stream.Found(*stream.sort_by_unit(values[:, :k], units), certain, found.aligned, found.residual, everything)
+        fat = tuple(run for run in arranged.runs if run[0] == FAT)
+        if form is kernel or not fat:
+            return best
+        read, bounds = _reader(hidden, arranged, soft_cap, temperature), bounds and tuple(x[:, 0] for x in bounds)
+        rest = stream.search(read, hidden.shape[0], dataclasses.replace(arranged, runs=fat), k, bounds, False)
+        return _merge(best, rest, bounds is not None)
 
     bounds = None if between is None else tuple(x[:, None] for x in between)
     parts = jax.tree.map(lambda x: _cut(x, together), (hidden, bounds))
     found = lax.map(some, parts) if parts[0].shape[0] > 1 else jax.tree.map(lambda x: x[None], some(jax.tree.map(lambda x: x[0], parts)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], found)
+
+
+def _merge(a: stream.Found, b: stream.Found, sliced: bool) -> stream.Found:
+    """The best of two searches over blocks that share no unit."""
+    values, units = (jnp.concatenate(pair, axis=1) for pair in ((a.values, b.values), (a.units, b.units)))
+    values, units = stream.sort_by_unit(values, units)
+    aligned, residual = jnp.logaddexp(a.aligned, b.aligned), jnp.logaddexp(a.residual, b.residual)
+    everything = jnp.logaddexp(a.everything, b.everything) if sliced else jnp.logaddexp(aligned, residual)
+    k = a.values.shape[1]
+    return stream.Found(values[:, :k], units[:, :k], a.certain & b.certain, aligned, residual, everything)
 
 
 def _cut(x: jax.Array, size: int) -> jax.Array:

@@ -107,11 +107,11 @@ def candidates(
         jnp.asarray(kinds), jnp.asarray(first_bins(arranged.runs, block, tiles.bins)), hidden, arranged.matrix,
         arranged.rank[:, None, :], arranged.parts[:, None, :], *(between or ()),
     )  # fmt: skip
-    ends = [_finish(stats[2 * i], stats[2 * i + 1]) for i in range(len(SUMS) if sliced else 2)]
+    ends = [finish(stats[2 * i], stats[2 * i + 1]) for i in range(len(SUMS) if sliced else 2)]
     return Candidates(values, places, jnp.max(stats[-1], axis=1), *ends, *([] if sliced else [None]))
 
 
-def _finish(maximum: jax.Array, total: jax.Array) -> jax.Array:
+def finish(maximum: jax.Array, total: jax.Array) -> jax.Array:
     """[N] log-sum-exp from running ones per lane, [N, lanes]."""
     return jax.nn.logsumexp(maximum + jnp.log(total), axis=1)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from a1jax.kernels.vocab_align import aligned, blocks, kernel, layout, ops, reference, tuning
+from a1jax.kernels.vocab_align import aligned, blocks, kernel, kernel_gpu, layout, ops, reference, tuning
 
 N, D, V, R = 37, 16, 701, 64
 VALID = np.random.default_rng(1).random(V) > 0.05
@@ -197,6 +197,28 @@ def test_one_bfloat16_token_many_rows(form):
     got = form(hidden, layout.arrange(unembed, layout.build(units, R)), k=5)
     assert_equal(got, dense(hidden, unembed, units, 5))
     assert got.values.dtype == jnp.float32
+
+
+def test_the_gpu_kernel_equals_the_dense_form_and_lowers():
+    """Its body in interpret mode, with slices and a run that XLA does; and Triton's text for a GPU that is not here."""
+    units, (hidden, unembed) = every_kind(), arrays(tokens=32)
+    rank, between = slices()
+    between = tuple(x[:32] for x in between)
+    arranged = layout.arrange(unembed, layout.build(units, R, rank))
+    find = jax.jit(lambda h, a, b: aligned._with_kernel(h, a, 20, b, None, 0.7, TILES, True, kernel_gpu))
+    got = find(hidden, arranged, between)
+    expected = dense(hidden, unembed, units, 20, None, rank, between, temperature=0.7)
+    sure = np.asarray(got.certain)
+    assert sure.sum() > 8
+    np.testing.assert_array_equal(got.units[sure], expected[1][sure])
+    np.testing.assert_allclose(got.values[sure], expected[0][sure], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(jnp.logaddexp(got.aligned, got.residual), expected[3], rtol=1e-5)
+    np.testing.assert_allclose(got.everything, expected[4], rtol=1e-5)
+
+    wide = layout.arrange(jnp.zeros((V, 256), jnp.bfloat16), layout.build(units, 2048))
+    program = jax.jit(lambda h, a: aligned.aligned_topk(h, a, 128, implementation="triton"))
+    traced = program.trace(jnp.zeros((64, 256), jnp.bfloat16), wide)
+    assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_tokens_in_several_calls(monkeypatch):
