@@ -14,6 +14,7 @@ RESIDUAL blocks hold the rows that belong to no unit. Blocks of one kind are nei
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -184,10 +185,10 @@ class Arranged:
     matrix [B * R, D]; rank int32 [B, R]; units int32 [B, R]; parts int32 [B, R / 16]; the rest is static, see ``Layout``.
     """
 
-    matrix: jax.Array
-    rank: jax.Array
-    units: jax.Array
-    parts: jax.Array
+    matrix: Any  # arrays; not declared so, because jax rebuilds pytrees with shapes or shardings in their place
+    rank: Any
+    units: Any
+    parts: Any
     block: int = dataclasses.field(metadata={"static": True})
     runs: tuple[Run, ...] = dataclasses.field(metadata={"static": True})
     ordered: bool = dataclasses.field(metadata={"static": True})
