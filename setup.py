@@ -43,6 +43,7 @@ setup(
         "test": [
             "beartype",
             "hypothesis",
+            "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the TPU compiler: kernels are compiled in tests
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -5,6 +5,8 @@ import pathlib
 
 # Tests compile much and run little: the compiler's cheapest level halves their time. It has to be set before jax is imported.
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# With libtpu installed, for compiling only, jax would look for a TPU first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), CHEAP)))
 
 import jax  # noqa: E402

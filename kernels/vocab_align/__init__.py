@@ -1,8 +1,11 @@
 """From hidden states and an output matrix to the logits a loss looks at, never the logits of all tokens over all ids.
 
-See ../README.md. ``reference`` is the dense form, ``ops`` the blocked one.
+See ../README.md. ``reference`` is the dense form, ``ops`` the blocked one over ids; ``aligned`` adds ids up to units,
+blocked or by the kernel, over the permuted matrix of ``layout``.
 """
 
+from .aligned import Aligned, aligned_topk, aligned_topk_logits
+from .layout import Arranged, Layout, arrange
 from .ops import gather_logits, logsumexp, topk
 
-__all__ = ["gather_logits", "logsumexp", "topk"]
+__all__ = ["Aligned", "Arranged", "Layout", "aligned_topk", "aligned_topk_logits", "arrange", "gather_logits", "logsumexp", "topk"]

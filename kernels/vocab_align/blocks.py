@@ -57,7 +57,7 @@ def start_logsumexp(tokens: int) -> tuple[jax.Array, jax.Array]:
 def add_logsumexp(running: tuple[jax.Array, jax.Array], logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Running maximum and sum of exp(logit - maximum) with one more block of masked logits."""
     maximum, total = running
-    new = jnp.maximum(maximum, jnp.max(logits, axis=1))
+    new = jnp.minimum(jnp.maximum(maximum, jnp.max(logits, axis=1)), jnp.finfo(jnp.float32).max)  # inf - inf would be no number
     return new, total * jnp.exp(maximum - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
 
 

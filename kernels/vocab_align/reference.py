@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -33,3 +34,31 @@ def logsumexp(hidden: jax.Array, unembed: jax.Array, valid: jax.Array | None = N
 def gather_logits(hidden: jax.Array, unembed: jax.Array, ids: jax.Array) -> jax.Array:
     """[N, k]."""
     return jnp.take_along_axis(logits(hidden, unembed), ids, axis=1)
+
+
+def aligned_topk(
+    full: jax.Array, unit_of_teacher: np.ndarray, k: int, rank: np.ndarray | None = None, between: tuple | None = None
+) -> tuple[jax.Array, ...]:
+    """(values [N, k], units [N, k], residual [N], logsumexp [N], everything [N]) of dense logits [N, V], -inf at rows that are no token.
+
+    unit_of_teacher int [V], -1 for the residual; rank [V] and between = (lower [N], upper [N]): the slice of rows that count.
+    """
+    inside = full
+    if between is not None:
+        lower, upper = (jnp.asarray(x)[:, None] for x in between)
+        inside = jnp.where((rank[None, :] >= lower) & (rank[None, :] < upper), full, -jnp.inf)
+    count = int(unit_of_teacher.max()) + 1
+    # One more segment than there are units takes the residual, enough more to have k places.
+    segments = np.where(unit_of_teacher < 0, count, unit_of_teacher)
+    mass = jax.vmap(lambda x: _segment_logsumexp(x, segments, count + 1))(inside)
+    units = jnp.pad(mass[:, :count], ((0, 0), (0, max(k - count, 0))), constant_values=-jnp.inf)
+    values, best = lax.top_k(units, k)
+    ends = (mass[:, count], jax.nn.logsumexp(inside, axis=1), jax.nn.logsumexp(full, axis=1))
+    return values, jnp.where(jnp.isneginf(values), -1, best), *ends
+
+
+def _segment_logsumexp(x: jax.Array, segments: np.ndarray, count: int) -> jax.Array:
+    """[V] -> [count]: log-sum-exp of the elements of each segment, -inf of an empty one."""
+    maximum = jax.ops.segment_max(x, segments, count)
+    shift = jnp.where(jnp.isfinite(maximum), maximum, 0)
+    return shift + jnp.log(jax.ops.segment_sum(jnp.exp(x - shift[segments]), segments, count))
