@@ -78,7 +78,7 @@ def _log_of_end(log_p: np.ndarray, token: int, reach: int, complete: bool, vocab
     """log Y: of the last teacher token itself, or of all that start with the part of it that is written."""
     at = vocab_map.teacher_starts[token]
     if vocab_map.teacher_symbols[at] >= FIRST_CONTROL:  # several stop ids are one stop
-        return _log_sum(log_p[vocab_map.unit_of_teacher == vocab_map.unit_of_teacher[token]])
+        return _log_sum(log_p[vocab_map.order[vocab_map.low[at] : vocab_map.high[at]]])
     if complete:
         return log_p[token]
     return _log_sum(log_p[vocab_map.order[vocab_map.low[at + reach] : vocab_map.high[at + reach]]])

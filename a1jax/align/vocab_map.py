@@ -36,9 +36,10 @@ class VocabMap:
     unit_of_teacher: np.ndarray  # int32 [V_T]: the longest student token that is a prefix, or the student's token of the same role
     unit_of_student: np.ndarray  # int32 [V_S]: the fold f, the unit in which a student token is compared
     suffix: np.ndarray  # int32: SUF[t][d], the unit of the teacher token's bytes after the first d
-    low: np.ndarray  # int32, and high: order[low:high] are the teacher's text tokens that start with the first d bytes of t
+    low: np.ndarray  # int32, and high: order[low:high] are the teacher's text tokens that start with the first d bytes of t; for a
+    # control token (its only symbol) the teacher's tokens of its role
     high: np.ndarray
-    order: np.ndarray  # int32 [V_T]: teacher ids, text tokens sorted by bytes first
+    order: np.ndarray  # int32 [V_T]: teacher ids: text tokens sorted by bytes, control tokens by role, the other valid ids, invalid ones
     rank: np.ndarray  # int32 [V_T]: its inverse; text tokens have rank < text_count
     text_count: int
     student_symbols: np.ndarray  # uint32

@@ -157,13 +157,21 @@ def _fold(mode: Mode, student: ByteTable, side: Side, own: np.ndarray, units: np
 
 
 def _order(teacher: ByteTable, side: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(order, rank, low, high): text ids sorted by bytes, then the others; slices at every place of ``flat``, empty at control symbols."""
+    """(order, rank, low, high): text ids sorted by bytes, then controls by role, then those without one, then invalid ids; slices at
+    every place of ``flat``, at a control symbol the one of its role."""
     texts = sorted(np.flatnonzero(side.text).tolist(), key=teacher.bytes.__getitem__)
-    order = np.concatenate([np.array(texts, np.int32), np.flatnonzero(~side.text).astype(np.int32)])
+    others = np.flatnonzero(~side.text)
+    has_role = side.control[others] != NONE
+    others = others[np.lexsort((others, side.control[others], ~has_role, teacher.kind[others] == INVALID))]
+    order = np.concatenate([np.array(texts, np.int32), others.astype(np.int32)])
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     low, high = np.zeros(len(side.flat), np.int32), np.zeros(len(side.flat), np.int32)
     lengths = side.lengths[texts]
     places = np.repeat(side.starts[texts] - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
     low[places], high[places] = prefix_slices(side.flat, side.starts[texts], lengths)
+    atoms = np.flatnonzero(side.control != NONE)
+    roles = side.control[order[len(texts) : len(texts) + len(atoms)]]
+    low[side.starts[atoms]] = len(texts) + np.searchsorted(roles, side.control[atoms], side="left")
+    high[side.starts[atoms]] = len(texts) + np.searchsorted(roles, side.control[atoms], side="right")
     return order, rank, low, high

@@ -27,15 +27,15 @@ class Pair:
 def _table(rng, words, letters):
     """Random words over ``letters``, all of those alone, some twice, controls, a hole, in random order of ids."""
     drawn = {b"".join(letters[k] for k in rng.integers(0, len(letters), rng.integers(1, 6))) for _ in range(words)}
-    entries = [*sorted(drawn | set(letters)), None, None, None, None, None]
-    entries += [entries[k] for k in rng.integers(0, len(entries) - 5, 3)]  # aliases
+    entries = [*sorted(drawn | set(letters)), None, None, None, None, None, None]
+    entries += [entries[k] for k in rng.integers(0, len(entries) - 6, 3)]  # aliases
     place = rng.permutation(len(entries))
     table = [entries[k] for k in place]
-    hole, stop, eos, bos, free = (int(i) for i in np.flatnonzero([b is None for b in table]))
-    roles = {"turn_end": (stop,), "eos": (eos,), "bos": (bos,)}
+    hole, stop, start, eos, bos, free = (int(i) for i in np.flatnonzero([b is None for b in table]))
+    roles = {"turn_end": (stop,), "turn_start": (start,), "eos": (eos,), "bos": (bos,)}
     if rng.random() < 0.5:
         roles["think_open"] = (free,)
-    spelling = {stop: "<stop>", eos: "<eos>", bos: "<bos>", free: "<t>"}
+    spelling = {stop: "<stop>", start: "<start>", eos: "<eos>", bos: "<bos>", free: "<t>"}
     return byte_table.make(table, spelling, roles, len(table) + int(rng.integers(0, 3)))
 
 

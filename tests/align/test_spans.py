@@ -153,6 +153,20 @@ def test_adversarial_turns(wordy, ours, theirs, masked, straddled):
     assert found.masked.tolist() == masked and int(found.straddled.sum()) == straddled
 
 
+def test_tags_that_are_atomic_on_both_sides():
+    def positions(ours, theirs, spelled):
+        student = byte_table.make([*BYTES, None], {256: "<think>"}, {"think_open": (256,)})
+        teacher = byte_table.make([*BYTES, None], {256: spelled}, {"think_open": (256,)})
+        return spans.align(ours, theirs, vocab_map.build(student, teacher, "two_sided"))
+
+    tag = list(b"<think>")
+    alike = positions([97, *tag, 98], [97, 256, 98], "<think>")  # written as text and read as one token: the same bytes
+    assert alike.offset.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0] and not alike.masked.any()
+    assert positions([97, 256, 98], [97, 256, 98], "[THINK]").report()["masked"] == 0  # spelled differently: by role
+    assert positions([97, *tag, 98], [97, 256, 98], "[THINK]").masked.tolist() == [False, *[True] * 7, False]
+    assert positions([97, 256, 98], [97, *tag, 98], "[THINK]").masked.tolist() == [False, True, False]
+
+
 def test_a_dummy_prefix_is_one_virtual_byte(wordy):
     theirs = [266, 121, STOP]  # " x" "y": a SentencePiece teacher that was given "xy"
     found = spans.align([120, 121, STOP], theirs, wordy, teacher_prefix=b" ")
