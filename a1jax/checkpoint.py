@@ -6,9 +6,14 @@ without its optimizer. A step directory appears complete or not at all; a proces
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
 import pathlib
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,20 +90,59 @@ def load_params(directory: PathLike, abstract_params: Params, step: int | None =
     """Parameters alone, out of what ``save_params`` wrote or out of the checkpoint of ``step`` (None: the newest) of a training run.
 
     abstract_params: ShapeDtypeStructs (or arrays) giving shapes, the dtypes to cast to and the shardings to place on.
-    Raises ConfigError where there is nothing to read, or listing the arrays that are missing, unknown or of another shape.
+    Raises ConfigError where there is nothing to read or a file is damaged, or listing the arrays that are missing, unknown or of another
+    shape.
     """
     path = _params_path(directory, step)
     wanted = _abstract(abstract_params)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        _compare(wanted, reader.metadata(path).item_metadata, path, exact_dtype=False)
-        return reader.restore(path, args=ocp.args.StandardRestore(wanted))
+        _compare(wanted, _metadata(reader, path), path, exact_dtype=False)
+        return _intact(path, lambda: reader.restore(path, args=ocp.args.StandardRestore(wanted)), _tells_of_damage)
 
 
 def stored_params(directory: PathLike, step: int | None = None) -> Any:
-    """Shapes and dtypes (ShapeDtypeStructs) as stored of the parameters that ``load_params`` finds in ``directory``."""
+    """Shapes and dtypes (ShapeDtypeStructs) as stored of the parameters that ``load_params`` finds in ``directory``; raises as it does."""
+    path = _params_path(directory, step)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        found = reader.metadata(_params_path(directory, step)).item_metadata
+        found = _metadata(reader, path)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), found.tree)
+
+
+def _metadata(reader: ocp.Checkpointer, path: str) -> Any:
+    """What orbax knows of the arrays in ``path``. Raises ConfigError where its files are damaged."""
+    stumbles = AttributeError, KeyError, TypeError, ValueError, OSError  # of its parsers; nothing of ours takes part
+    return _intact(path, lambda: reader.metadata(path).item_metadata, lambda error: isinstance(error, stumbles))
+
+
+def _intact(path: str, read: Callable[[], Any], damaged: Callable[[Exception], bool]) -> Any:
+    """What ``read`` returns. Raises ConfigError where it is None, which is how orbax says that it failed, or raises what is ``damaged``.
+
+    Orbax reads arrays side by side and waits for the first that fails; of each of the others Python prints a page when it is collected.
+    These pages say nothing new, so they are collected here, with the printing off.
+    """
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    before = log.disabled
+    log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        found = None
+        try:
+            found = read()
+        except Exception as error:
+            if not damaged(error):
+                raise
+        if found is None:
+            time.sleep(0.3)  # for reads still under way in threads, whose complaints would come after ours
+            gc.collect()
+            raise ConfigError(f"{path}: no readable parameters, a file in it is missing or damaged; make it again or take it from a copy")
+        return found
+    finally:
+        log.disabled, sys.unraisablehook = before, hook
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether a failed restore is the files' fault: their JSON, or an array, for which orbax raises a plain Exception from the reason."""
+    array = type(error) is Exception and isinstance(error.__cause__, ValueError | OSError)
+    return array or isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
 
 
 def _params_path(directory: PathLike, step: int | None) -> str:

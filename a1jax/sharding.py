@@ -105,10 +105,15 @@ def mesh_axes(axis: str, size: int | None = None) -> tuple[str, ...]:
     return () if size == 1 else tuple(name for name in RULES[axis] if mesh.shape.get(name, 1) > 1)
 
 
+def shards(axis: str, size: int) -> int:
+    """Into how many pieces the current mesh cuts a dimension with this logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis, size))
+
+
 def if_even(axis: str, size: int) -> str | None:
     """The logical axis if the current mesh cuts a dimension of this size evenly over it, else None: for what may also be copied."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if size % math.prod(mesh.shape[name] for name in mesh_axes(axis)) else axis
+    return None if size % shards(axis, 0) else axis
 
 
 def is_sharded() -> bool:
@@ -131,7 +136,7 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
     """[B, T, ...] -> [B * T, ...] for what is computed token by token. Without context, row after row; with it, shard after shard (the
     same order for every array of these B and T), because the plain order would gather the whole rows on every device."""
     b, t = x.shape[:2]
-    rows, columns = (math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(*of)) for of in (("batch", b), ("length", t)))
+    rows, columns = shards("batch", b), shards("length", t)
     if columns == 1:
         return x.reshape(b * t, *x.shape[2:])
     x = constrain(x, "batch", "length", *[None] * (x.ndim - 2)).reshape(rows, b // rows, columns, t // columns, *x.shape[2:])
@@ -140,7 +145,7 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
 
 def unflatten_tokens(x: jax.Array, b: int, t: int) -> jax.Array:
     """[B * T, ...] as flatten_tokens made it -> [B, T, ...]."""
-    rows, columns = (math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(*of)) for of in (("batch", b), ("length", t)))
+    rows, columns = shards("batch", b), shards("length", t)
     if columns == 1:
         return x.reshape(b, t, *x.shape[1:])
     x = jnp.moveaxis(x.reshape(rows, columns, b // rows, t // columns, *x.shape[1:]), 1, 2)

@@ -3,8 +3,9 @@
     python -m experiments.bench_model                # a table, about 3 minutes on 2 cores; needs the test extra (torch, transformers)
     python -m experiments.bench_model --rounds 9     # more alternations
 
-One process, runs of ours and of transformers alternating; the ratio is the median over rounds of the pair's ratio. Where jax finds
-an accelerator it measures there as well, in bfloat16: a block of the 35B model against the device's own matrix peak and memory bandwidth.
+One process, runs of ours and of transformers alternating; the ratio is the median over rounds of the pair's ratio. Theirs is the form
+of their experts that is faster here, and their delta rule is the torch fallback, as their kernels need a GPU. Where jax finds an
+accelerator it measures there as well, in bfloat16: a block of the 35B model against the device's own matrix peak and memory bandwidth.
 """
 
 from __future__ import annotations
@@ -74,6 +75,18 @@ def loss(params: dict, tokens: jax.Array, cfg: ModelConfig) -> jax.Array:
     return cross_entropy.blocked_cross_entropy(hidden.reshape(b * t, -1), table, targets, weights, cfg.vocab_size)[0] + aux["loss"]
 
 
+def fastest(model, run: Callable[[], object]) -> str:
+    """Sets the form of the reference's experts that is faster at ``run``, and returns its name."""
+    taken = {}
+    for form in ("eager", "grouped_mm"):
+        model.set_experts_implementation(form)
+        run()
+        taken[form] = min(seconds(run) for _ in range(2))
+    form = min(taken, key=taken.get)
+    model.set_experts_implementation(form)
+    return form
+
+
 def bench_training(model, params: dict, cfg: ModelConfig, rounds: int, rows: int = 8, length: int = 512) -> list[str]:
     import torch
 
@@ -87,14 +100,15 @@ def bench_training(model, params: dict, cfg: ModelConfig, rounds: int, rows: int
         out.loss.backward()
         return float(out.loss.detach())
 
+    form = fastest(model, theirs)
     difference = abs(float(step(params, tokens)[0]) - theirs())
     a, b, ratio = alternate(lambda: jax.block_until_ready(step(params, tokens)), theirs, rounds)
     per_token = rows * length
     flops = 6 * (transformer.parameter_counts(cfg)[1] - cfg.vocab_size * cfg.d_model) * per_token
     return [
         f"training {rows} x {length}, forward and backward   {per_token / a:9.0f}  {per_token / b:9.0f}  {ratio:6.2f}   8",
-        f"  (losses differ by {difference:.1e}; {flops / a / 1e9:.0f} GFLOP/s of ours by 6 N per token, this machine's matmul peak:"
-        f" {matrix_peak(jnp.float32, 2048) / 1e9:.0f})",
+        f"  (losses differ by {difference:.1e}; their experts: {form}; ours {flops / a / 1e9:.0f} GFLOP/s by 6 N, of this machine's"
+        f" {matrix_peak(jnp.float32, 2048) / 1e9:.0f} in a matmul: 8 times theirs would be {8 * flops / b / 1e9:.0f})",
     ]
 
 
@@ -117,6 +131,7 @@ def bench_sampling(model, params: dict, cfg: ModelConfig, rounds: int, batch: in
         with torch.no_grad():
             model.generate(start, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, pad_token_id=0)
 
+    fastest(model, theirs)
     a, b, ratio = alternate(ours, theirs, rounds)
     return [f"sampling {batch} slots, {length} tokens each          {batch * length / a:9.0f}  {batch * length / b:9.0f}  {ratio:6.2f}  20"]
 
@@ -143,8 +158,8 @@ def bench_length(cfg: ModelConfig, rounds: int, short: int = 1024, long: int = 1
         repeat = long // short
         brief, extended = make(short), make(long)
         a, b, ratio = alternate(extended, lambda brief=brief, repeat=repeat: [brief() for _ in range(repeat)], rounds)
-        lines.append(f"{name}: {long:6d} against {short} {long / a:9.0f}  {long / b:9.0f}  {ratio:6.2f}   0.8")
-    return lines
+        lines.append(f"{name:42s} {long / a:9.0f}  {long / b:9.0f}  {ratio:6.2f}   0.8")
+    return [f"{'ours alone, one row of':42s} {long:9d}  {short:9d}", *lines]
 
 
 def matrix_peak(dtype, n: int) -> float:
@@ -170,8 +185,8 @@ def memory_bandwidth(elements: int) -> float:
 
 def bench_accelerator(tokens: int = 16_384, batch: int = 64, context: int = 4096) -> list[str]:
     """One block of the 35B model (three gated delta nets, one attention, their experts) in bfloat16: share of matrix peak in training
-    (6 FLOPs per active parameter and token; attention's and the delta rule's own, and what remat computes twice, not counted) and
-    share of bandwidth in decoding (parameters and cache read once a step)."""
+    (6 FLOPs per active parameter and token; attention's and the delta rule's own are not counted) and share of bandwidth in decoding
+    (cache, the experts that were used and all other parameters, read once a step)."""
     cfg = qwen3_5_35b_a3b(num_layers=4, vocab_size=4096, param_dtype="bfloat16", remat="none")
     params = jax.jit(lambda key: param_specs.init(transformer.specs(cfg), key))(jax.random.key(0))
     peak, bandwidth = matrix_peak(jnp.bfloat16, 8192), memory_bandwidth(1 << 28)
@@ -184,19 +199,26 @@ def bench_accelerator(tokens: int = 16_384, batch: int = 64, context: int = 4096
         f"matrix peak {peak / 1e12:.1f} TFLOP/s bfloat16, bandwidth {bandwidth / 1e9:.0f} GB/s, both measured",
         f"one block, training: {tokens / train:.0f} tokens/s, {6 * active * tokens / train / peak:.1%} of the matrix peak",
     ]
-    one = jax.jit(lambda p, c, t, r, a: decode.step(p, c, t, cfg, r, a), donate_argnums=1)
-    cache, on = decode.init_cache(cfg, batch, context), jnp.ones(batch, bool)
-    _, cache = one(params, cache, jnp.ones(batch, jnp.int32), on, on)
-    size = sum(x.nbytes for x in jax.tree.leaves((params, cache)))
+    one = jax.jit(lambda p, c, t, r, a: decode.step(p, c, t, cfg, r, a, record=True), donate_argnums=1)
+    cache, on, steps = decode.init_cache(cfg, batch, context), jnp.ones(batch, bool), 20
+    ids = jax.random.randint(jax.random.key(2), (steps, batch), 0, cfg.vocab_size)  # slots that say different things use different experts
+    _, cache, routes = one(params, cache, ids[0], on, on)
 
-    def decode_steps(n=20):
-        nonlocal cache
-        for _ in range(n):
-            hidden, cache = one(params, cache, jnp.ones(batch, jnp.int32), ~on, on)
+    def decode_steps():
+        nonlocal cache, routes
+        for i in range(steps):
+            hidden, cache, routes = one(params, cache, ids[i], ~on, on)
         jax.block_until_ready(hidden)
 
-    each = min(seconds(decode_steps) / 20 for _ in range(5))
-    return [*lines, f"one block, decoding {batch} slots of {context}: {each * 1e3:.2f} ms, {size / each / bandwidth:.1%} of the bandwidth"]
+    each = min(seconds(decode_steps) / steps for _ in range(5))
+    used = np.mean([len(np.unique(np.asarray(routes)[:, layer])) for layer in range(cfg.num_layers)]) / cfg.num_experts
+    experts = sum(x.nbytes for block in params["blocks"].values() for x in block["mlp"]["experts"].values())
+    size = sum(x.nbytes for x in jax.tree.leaves((params, cache))) - params["embed_tokens"].nbytes - (1 - used) * experts
+    return [
+        *lines,
+        f"one block, decoding {batch} slots of {context}: {each * 1e3:.2f} ms, {size / each / bandwidth:.1%} of the bandwidth"
+        f" ({used:.0%} of the experts used)",
+    ]
 
 
 def machine() -> str:

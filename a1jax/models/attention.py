@@ -114,10 +114,12 @@ def causal_attention(
 
     def rows(start, q, runs_q, end=k.shape[1]):
         causal = (start + jnp.arange(q.shape[1]))[:, None] >= columns[None, :end]
-        return attend(q, k[:, :end], v[:, :end], causal[None] & (runs_q[:, :, None] == all_runs[:, None, :end]))
+        keys, values = (x[:, :end].astype(q.dtype) for x in (k, v))
+        return attend(q, keys, values, causal[None] & (runs_q[:, :, None] == all_runs[:, None, :end]))
 
     if not chunk or chunk >= t:
         return rows(0, q, runs)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # so that their gradients are summed over the chunks in float32
     n = -(-t // chunk)
     pad = ((0, 0), (0, n * chunk - t))
 

@@ -17,6 +17,7 @@ from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
 from a1jax.models.delta_rule import delta_rule
 from a1jax.models.layers import causal_conv, embed, linear, rms_norm, rotary_angles
+from a1jax.sharding import shards
 
 
 def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
@@ -92,7 +93,8 @@ def prefill(
     Length 0: the slot is inactive, kept bit for bit. What stands behind a slot's length reaches nothing, and hidden means nothing there.
     record (static): also the experts taken, int16 [B, T, L, A], -1 behind a slot's length. Donate the cache, as for step.
     """
-    fed = lengths > 0
+    t, fed = tokens.shape[1], lengths > 0
+    tokens = jnp.pad(tokens, ((0, 0), (0, -t % shards("length", t))))  # any T may be fed, also under a mesh that cuts it
     reset, valid = reset & fed, jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     start = jnp.where(reset, 0, cache["position"])
     position = start[:, None] + jnp.arange(tokens.shape[1])[None]
@@ -105,7 +107,7 @@ def prefill(
 
     hidden, layers, routes = through_layers(params, cache["layers"], tokens, position, valid, attend, recur, cfg, record)
     cache = {"position": jnp.where(fed, start + lengths, cache["position"]), "layers": layers}
-    return (hidden, cache, routes) if record else (hidden, cache)
+    return (hidden[:, :t], cache, routes[:, :t]) if record else (hidden[:, :t], cache)
 
 
 def last(hidden: Float[Array, "B T D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:

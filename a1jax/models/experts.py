@@ -1,6 +1,8 @@
 """The routed experts of one device, in three forms that give the same numbers: dense, ragged, blocked.
 
 x [T, D], router weights [T, E] (at most A above 0 per token), gate_up [E, D, 2 F], down [E, F, D] -> [T, D]. No form drops a token.
+Weights come in the type they are stored in and are cast where they multiply: their gradients are then summed, over rows and devices, in
+the stored type (float32) and not in the type of the activations.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def experts_dense(
     """
     (e, f, d), t = down.shape, x.shape[0]
     if t <= DENSE_ROWS:  # a decoding step: one batched matmul into the experts, one matmul out of all of them
-        h = glu(jnp.matmul(jnp.broadcast_to(x[None], (e, t, d)), gate_up), f) * weights.T[..., None].astype(x.dtype)
-        return jnp.moveaxis(h, 0, 1).reshape(t, -1) @ down.reshape(e * f, d)
+        h = glu(jnp.matmul(jnp.broadcast_to(x[None], (e, t, d)), gate_up.astype(x.dtype)), f) * weights.T[..., None].astype(x.dtype)
+        return linear(jnp.moveaxis(h, 0, 1).reshape(t, -1), down.reshape(e * f, d))
     gate, up = (jnp.moveaxis(half, 0, 1).reshape(d, e * f) for half in jnp.split(gate_up, 2, axis=-1))
     down = down.reshape(e * f, d)
 
@@ -99,8 +101,8 @@ def experts_ragged(
     sizes = jnp.sum(expert[:, None] == jnp.arange(e)[None], axis=0, dtype=jnp.int32)
     real = (jnp.arange(expert.shape[0]) < jnp.sum(sizes))[:, None]  # rows behind the last group are undefined: never let them through
     h = jnp.where(real, gather_pairs(x, order, place), 0)
-    h = jnp.where(real, glu(jax.lax.ragged_dot(h, gate_up, sizes), f), 0)
-    y = jnp.where(real, jax.lax.ragged_dot(h, down, sizes), 0)
+    h = jnp.where(real, glu(jax.lax.ragged_dot(h, gate_up.astype(h.dtype), sizes), f), 0)
+    y = jnp.where(real, jax.lax.ragged_dot(h, down.astype(h.dtype), sizes), 0)
     y = permute(y, place, order).reshape(x.shape[0], active, -1)
     return jnp.sum(y * weight[..., None].astype(y.dtype), axis=1)
 
@@ -144,8 +146,8 @@ take_rows.defvjp(
 
 @jax.custom_vjp
 def grouped_matmul(x: Float[Array, "N C D"], w: Float[Array, "E D F"], owner: Int[Array, " N"]) -> Float[Array, "N C F"]:
-    """x[n] @ w[owner[n]]. The gradient of w sums its blocks by a matmul with their owners: a CPU's scatter takes ten times as long."""
-    return jnp.matmul(x, w[owner])
+    """x[n] @ w[owner[n]] in x's type. Its gradient sums blocks by a matmul with their owners: a CPU's scatter takes ten times as long."""
+    return jnp.matmul(x, w[owner].astype(x.dtype))
 
 
 def _grouped_backward(residual, g):
@@ -153,7 +155,7 @@ def _grouped_backward(residual, g):
     per_block = jnp.matmul(jnp.swapaxes(x, 1, 2), g, preferred_element_type=jnp.float32)
     owns = (jnp.arange(w.shape[0])[:, None] == owner[None]).astype(jnp.float32)
     dw = (owns @ per_block.reshape(per_block.shape[0], -1)).reshape(w.shape)
-    return jnp.matmul(g, jnp.swapaxes(w[owner], 1, 2)), dw.astype(w.dtype), None
+    return jnp.matmul(g, jnp.swapaxes(w[owner].astype(g.dtype), 1, 2)), dw.astype(w.dtype), None
 
 
 grouped_matmul.defvjp(lambda x, w, owner: (grouped_matmul(x, w, owner), (x, w, owner)), _grouped_backward)

@@ -47,6 +47,7 @@ def load(path: PathLike, mesh: Mesh | None = None, dtype: str | None = None) -> 
     mesh: leaves are cut as params.shardings says, each device getting its part straight from the files; None: on the first device.
     dtype: "float32" or "bfloat16", the ``param_dtype`` to convert to as the specs say (the recurrence's vectors are float32 always);
     None: every leaf keeps the type that it is stored in.
+    The configuration is set for training at the published sizes (remat="block", attention_chunk=512), see read_config.
     Raises ConfigError, one line each: no such folder, config or shard; a file cut off; a config or a type that this model does not
     compute; all tensors that are missing, unknown or of another shape, before any weight is read.
     """

@@ -40,6 +40,11 @@ WITHOUT_EFFECT = {"bos_token_id", "eos_token_id", "pad_token_id", "image_token_i
                   "language_model_only", "intermediate_size", "_name_or_path"}  # fmt: skip
 ROOTS = ("qwen3_5_moe", "qwen3_5_moe_text")
 HEADS = ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration")
+TYPES = {  # of the keys that are looked into; null is as good as missing, but for text_config
+    "text_config": (dict, "an object"), "rope_parameters": (dict, "an object"), "rope_scaling": (dict, "an object"),
+    "architectures": (list, "a list of names"), "layer_types": (list, "a list of names"), "tie_word_embeddings": (bool, "true or false"),
+}  # fmt: skip
+MADE_TO_TRAIN: dict[str, Any] = {"remat": "block", "attention_chunk": 512}  # see read_config
 TRAINING = ("load_balance_coef", "z_loss_coef", "remat", "delta_chunk", "attention_chunk", "moe", "compute_dtype", "param_dtype",
             "init_std", "conv_init", "decay_init", "q_norm_scale", "scale_output_init")  # fmt: skip
 
@@ -47,6 +52,8 @@ TRAINING = ("load_balance_coef", "z_loss_coef", "remat", "delta_chunk", "attenti
 def read_config(path: PathLike) -> ModelConfig:
     """The model that a checkpoint folder's config.json describes, in the precision it names (float32 where it names none of ours).
 
+    What no checkpoint says is set for training at the published sizes, as models.config.qwen3_5_35b_a3b does: remat="block" and
+    attention_chunk=512, without which the scores of one layer at 32K tokens are [B, H, T, T]. Both change speed and memory alone.
     Raises ConfigError, one line, where there is none, or naming key and value of what this model would compute differently.
     """
     file = pathlib.Path(path) / "config.json"
@@ -56,9 +63,13 @@ def read_config(path: PathLike) -> ModelConfig:
         raise ConfigError(f"{path}: no config.json in it")
     try:
         root = json.loads(file.read_text())
-        text = {**root, **root["text_config"]} if "text_config" in root else dict(root)
-    except (ValueError, TypeError):
-        raise ConfigError(f"{file}: not a JSON object") from None
+    except ValueError:
+        root = None
+    if not isinstance(root, dict):
+        raise ConfigError(f"{file}: not a JSON object; fetch it again")
+    _check_types(file, root)
+    text = {**root, **root.get("text_config", {})}
+    _check_types(file, text)
     _refuse(file, root, text)
     fields: dict[str, Any] = {ours: _number(file, text, theirs, int) for ours, theirs in SIZES.items() if theirs in text}
     fields |= {ours: float(_number(file, text, theirs, (int, float))) for ours, theirs in NUMBERS.items() if theirs in text}
@@ -66,9 +77,20 @@ def read_config(path: PathLike) -> ModelConfig:
     dtype = text.get("dtype") or text.get("torch_dtype")
     dtype = dtype if dtype in ("float32", "bfloat16") else "float32"
     try:
-        return ModelConfig(**fields, tie_embeddings=bool(text.get("tie_word_embeddings", False)), param_dtype=dtype, compute_dtype=dtype)
+        tied = bool(text.get("tie_word_embeddings", False))
+        return ModelConfig(**fields, **MADE_TO_TRAIN, tie_embeddings=tied, param_dtype=dtype, compute_dtype=dtype)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def _check_types(file: pathlib.Path, part: dict) -> None:
+    """Raises ConfigError where a key that is looked into, not only compared, holds another kind of value than it may."""
+    for key, (kinds, what) in TYPES.items():
+        value = part.get(key)
+        absent = value is None and (key != "text_config" or key not in part)
+        wrong = not isinstance(value, kinds) or (kinds is list and not all(isinstance(item, str) for item in value))
+        if wrong and not absent:
+            raise ConfigError(f"{file}: {key} is {value!r}, not {what}; fetch the file again or correct it")
 
 
 def _number(file: pathlib.Path, text: dict, key: str, kind: type | tuple) -> Any:
@@ -120,13 +142,14 @@ def _rope(file: pathlib.Path, text: dict) -> dict[str, float]:
 
 def _pattern(file: pathlib.Path, text: dict, layers: int) -> dict[str, Any]:
     """The interval where the layers follow one, else every layer's type. layer_types goes before full_attention_interval, as there."""
-    interval = text.get("full_attention_interval") or 4
+    interval = 4 if text.get("full_attention_interval") is None else _number(file, text, "full_attention_interval", int)
     kinds = text.get("layer_types")
     if kinds is None:
-        return {"full_attention_interval": _number(file, {"full_attention_interval": interval}, "full_attention_interval", int)}
-    for n in (interval, *range(1, layers + 1)):
-        if kinds == interval_types(layers, n):
-            return {"full_attention_interval": n}
+        return {"full_attention_interval": interval}
+    if len(kinds) == layers:  # before as many lists are made
+        for n in (max(1, interval), *range(1, layers + 1)):
+            if kinds == interval_types(layers, n):
+                return {"full_attention_interval": n}
     return {"layer_types": tuple(kinds)}
 
 

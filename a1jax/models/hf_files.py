@@ -179,20 +179,59 @@ def _write_file(path: pathlib.Path, shard: list[Entry]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside ``path`` to write into, which becomes ``path`` when all went well and is gone when not: nothing half-written stays.
+    """A folder to write into, whose content becomes ``path`` when all went well and is gone when not, with the parents that were made
+    for it: nothing half-written stays. A ``path`` that exists stays the folder it is: someone may be in it, a disk mounted on it.
 
-    Raises ConfigError where ``path`` is a file or holds something.
+    Raises ConfigError where ``path`` is a file or holds something, or where no folder can be made.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path}: exists and is not an empty folder; choose another or remove it")
-    part = path.parent / f".{path.name}.part"
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process
-    part.mkdir(parents=True)
+    made = _begin(path)
     try:
-        yield part
-        if path.exists():
-            path.rmdir()
-        part.rename(path)
+        yield made[-1]
+        _put(made[-1], path.resolve())
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        _take_back(made)
         raise
+
+
+def check_new(path: pathlib.Path) -> None:
+    """Raises ConfigError where new_folder would, and leaves nothing: for those who have much to do before they write."""
+    _take_back(_begin(path))
+
+
+def _begin(path: pathlib.Path) -> list[pathlib.Path]:
+    """Makes the folder to write into: inside ``path`` where that exists, else beside it. Returns all that it made, that folder last."""
+    made: list[pathlib.Path] = []
+    try:
+        place = path.resolve()  # "." has no name, and a link is not to be replaced
+        name = f".{place.name}.part"
+        if place.exists() and (not place.is_dir() or any(child.name != name for child in place.iterdir())):
+            raise ConfigError(f"{path}: exists and is not an empty folder; choose another or remove it")
+        shutil.rmtree(place.parent / name, ignore_errors=True)  # of a killed process
+        shutil.rmtree(place / name, ignore_errors=True)
+        part = (place if place.exists() else place.parent) / name
+        for folder in (*reversed(part.parents), part):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+    except OSError as error:
+        _take_back(made)
+        raise ConfigError(f"{path}: no folder can be made there ({error.filename}: {error.strerror}); choose another") from None
+    return made
+
+
+def _put(part: pathlib.Path, path: pathlib.Path) -> None:
+    if part.parent != path:
+        part.rename(path)
+        return
+    for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):  # last what makes the others a model
+        file.rename(path / file.name)
+    part.rmdir()
+
+
+def _take_back(made: list[pathlib.Path]) -> None:
+    """Removes what _begin made; of the parents only those that nobody else uses by now."""
+    for folder in made[-1:]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for folder in reversed(made[:-1]):
+            folder.rmdir()

@@ -156,7 +156,7 @@ def apply(
             aux["routes"] = routes_of(weights, valid, cfg.num_experts_active)
     with jax.named_scope("experts"):
         run = experts_sharded if is_sharded() else experts_local
-        out = run(x, weights, *(p["experts"][name].astype(x.dtype) for name in ("gate_up_proj", "down_proj")), cfg)
+        out = run(x, weights, p["experts"]["gate_up_proj"], p["experts"]["down_proj"], cfg)
     with jax.named_scope("shared_expert"):
         shared = p["shared_expert"]
         h = linear(silu(linear(x, shared["gate_proj"])) * linear(x, shared["up_proj"]), shared["down_proj"])

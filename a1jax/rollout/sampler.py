@@ -68,7 +68,7 @@ def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
 
     def step(params: Params, cache: Any, tokens, reset, active, uniforms):
         hidden, cache, *routes = decode.step(params, cache, tokens, cfg, reset=reset, active=active, record=record)
-        logits = hidden @ transformer.unembed(params, cfg).T.astype(hidden.dtype)
+        logits = transformer.head(params, hidden, cfg)
         ids, logp = sample(logits, uniforms, temperature)
         return ids, logp, cache, *routes
 
@@ -77,8 +77,9 @@ def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
 
 @functools.lru_cache(maxsize=16)
 def make_unstack(cfg: ModelConfig):
-    """params -> params as decode.step reads them fastest; costs a second copy of the layers where there is more than one block."""
-    if cfg.num_blocks == 1:
+    """params -> params as decode.step reads them fastest. A CPU gets a second copy of the layers where there is more than one block;
+    other devices have less room and cut a layer out without one."""
+    if cfg.num_blocks == 1 or jax.default_backend() != "cpu":
         return lambda params: params
     return jax.jit(functools.partial(decode.unstack, cfg=cfg))
 

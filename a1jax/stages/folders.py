@@ -44,7 +44,9 @@ def read_model(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         if found["format"] != FORMAT:
             raise ConfigError(f"{file}: format is {found['format']!r}, wanted {FORMAT!r}")
         return ModelConfig(**{**fields, "layer_types": tuple(fields["layer_types"])}), facts
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: not the model of a parameters folder ({error})") from None
 
 
@@ -61,8 +63,8 @@ def import_hf(source: pathlib.Path, folder: pathlib.Path, dtype: str | None = No
     dtype: "float32" or "bfloat16" to convert to; None: as stored. Raises ConfigError as hf.load does, or where ``folder`` holds something.
     """
     began = time.perf_counter()
+    found = hf.open_checkpoint(source)  # all that can be wrong with it, before anything is made
     with hf_files.new_folder(folder) as part:
-        found = hf.open_checkpoint(source)
         params, cfg = hf.load(source, dtype=dtype)
         checkpoint.save_params(part / "params", params)
         hf.copy_companions(source, part)
@@ -83,8 +85,7 @@ def export_hf(run: pathlib.Path, path: pathlib.Path, stage: str | None = None, s
     began = time.perf_counter()
     folder = find(run, stage)
     cfg, facts = read_model(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path}: exists and is not an empty folder; choose another or remove it")  # before the weights are read
+    hf_files.check_new(path)  # before the weights are read
     params = checkpoint.load_params(folder / "params", checkpoint.stored_params(folder / "params"))
     kinds = [(leaf.size, str(leaf.dtype)) for leaf in jax.tree.leaves(params)]
     cfg = dataclasses.replace(cfg, param_dtype=max(kinds)[1])
@@ -97,12 +98,14 @@ def export_hf(run: pathlib.Path, path: pathlib.Path, stage: str | None = None, s
 
 
 def find(run: pathlib.Path, stage: str | None = None) -> pathlib.Path:
-    """The parameters folder that is meant: ``run`` itself, or that of one of its stages. Raises ConfigError naming the stages."""
-    if stage is None and (run / MODEL).is_file():
+    """The parameters folder that is meant: ``run`` itself, or that of one of its finished stages. Raises ConfigError naming the stages."""
+    if (run / MODEL).is_file():
+        if stage is not None:
+            raise ConfigError(f"{run}: a parameters folder, it has no stages; leave out --stage {stage}")
         return run
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder")
-    stages = sorted(file.parent.name for file in run.glob(f"stages/*/{MODEL}"))
+    stages = sorted(file.parent.name for file in run.glob(f"stages/*/{MODEL}") if (file.parent / "done.json").is_file())
     if stage in stages or (stage is None and len(stages) == 1):
         return run / "stages" / (stage or stages[0])
     if not stages:

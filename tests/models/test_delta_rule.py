@@ -74,6 +74,16 @@ def test_two_parts_equal_the_whole_when_the_state_is_handed_over(cut, span, monk
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+def test_every_product_is_asked_for_in_full_float32():
+    """Also those of the gradient, and also where the default is bfloat16 passes. In the program, as no such device is here."""
+    arguments = [jnp.asarray(x, jnp.float32) for x in inputs()]
+    text = jax.jit(jax.grad(lambda *a: jnp.sum(delta_rule.delta_rule(*a, jnp.asarray(RUNS), 4)[0]), argnums=(0, 1, 2, 3, 4))).lower(
+        *arguments
+    )
+    products = [line for line in text.as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 20 and not [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line]
+
+
 def test_inverse_is_stable_where_squaring_is_not():
     c = 64
     a = np.tril(np.ones((c, c)), -1)  # equal keys, beta 1, no decay: powers of it reach 1e17

@@ -244,7 +244,7 @@ def test_what_goes_wrong_while_writing_leaves_nothing(published, tmp_path, monke
     monkeypatch.setattr(hf_files.Stored, "raw", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         hf.save(tmp_path / "deep" / "out", weights, cfg, source=published)
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # nor the parent that was made for it
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="not an empty folder"):
@@ -254,6 +254,27 @@ def test_what_goes_wrong_while_writing_leaves_nothing(published, tmp_path, monke
     (tmp_path / ".empty.part").mkdir()  # of a process that was killed
     hf.save(tmp_path / "empty", weights, cfg)
     assert (tmp_path / "empty" / "config.json").exists() and not (tmp_path / ".empty.part").exists()
+
+
+def test_an_empty_folder_stays_the_folder_it_is(published, tmp_path, monkeypatch):
+    """The current folder, a mount point, the target of a link: written into, never replaced, and empty again when something goes wrong."""
+    weights, cfg = hf.load(published)
+    here = tmp_path / "here"
+    (here / ".here.part").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "link").symlink_to(here)
+    place = here.stat().st_ino
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as failing:
+        failing.setattr(hf_files.Stored, "raw", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hf.save("../link", weights, cfg, source=published)
+    assert list(here.iterdir()) == []
+    hf.save(".", weights, cfg)
+    assert here.stat().st_ino == place and sorted(path.name for path in here.iterdir()) == [
+        "config.json", "model-00001-of-00001.safetensors", hf_files.INDEX
+    ]  # fmt: skip
+    equal_trees(hf.load(tmp_path / "link")[0], weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]
 
 
 def test_what_cannot_be_written_is_refused(published, tmp_path):

@@ -118,8 +118,9 @@ def test_broken_folders(broken, tmp_path):
 
     index.unlink()
     assert "neither model.safetensors.index.json nor model.safetensors in it" in complaint(broken)
-    (broken / "config.json").write_text("{")
-    assert "not a JSON object" in complaint(broken)
+    for text in (b"{", b"[]", b"[1]", b"null", b'"text"', b"\xff"):
+        (broken / "config.json").write_bytes(text)
+        assert "not a JSON object" in complaint(broken)
     (broken / "config.json").unlink()
     assert "no config.json" in complaint(broken)
     assert "not a folder" in complaint(broken / "nowhere")
@@ -157,6 +158,22 @@ def config_of(folder, **values):
         ({"num_attention_heads": 3}, "num_heads is 3"),
         ({"hidden_size": "2048"}, "hidden_size is '2048', not a number"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None, not a number"),
+        ({"architectures": 5}, "architectures is 5, not a list of names"),
+        ({"architectures": [5]}, r"architectures is \[5\], not a list of names"),
+        ({"architectures": "Qwen3_5MoeForCausalLM"}, "architectures is 'Qwen3_5MoeForCausalLM', not a list of names"),
+        ({"layer_types": 5}, "layer_types is 5, not a list of names"),
+        ({"layer_types": ["full_attention", {}], "num_hidden_layers": 2}, r"layer_types is \['full_attention', {}\], not a list of names"),
+        ({"rope_parameters": "x"}, "rope_parameters is 'x', not an object"),
+        ({"rope_scaling": [["rope_theta", 1]]}, "rope_scaling is .*, not an object"),
+        ({"full_attention_interval": "4"}, "full_attention_interval is '4', not a number"),
+        ({"full_attention_interval": "4", "layer_types": ["full_attention"], "num_hidden_layers": 1}, "interval is '4', not a number"),
+        ({"full_attention_interval": 0}, "full_attention_interval is 0"),
+        ({"full_attention_interval": True}, "full_attention_interval is True, not a number"),
+        ({"text_config": 5}, "text_config is 5, not an object"),
+        ({"text_config": [["hidden_size", 64]]}, "text_config is .*, not an object"),
+        ({"text_config": None}, "text_config is None, not an object"),
+        ({"text_config": {"layer_types": 5}}, "layer_types is 5, not a list of names"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
         ({"model_type": "qwen3_5_moe", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "tie_word_embeddings"),
     ],
 )
@@ -183,7 +200,8 @@ def test_every_form_of_one_config_reads_the_same(tmp_path):
     }
     kinds = (["linear_attention"] * 2 + ["full_attention"]) * 2
     sizes = {"num_hidden_layers": 6, "hidden_size": 64}
-    wanted = ModelConfig(num_layers=6, d_model=64, full_attention_interval=3, rotary_fraction=0.5, compute_dtype="float32")
+    training = {"remat": "block", "attention_chunk": 512}  # as qwen3_5_35b_a3b: at 32K tokens one layer's scores are too many
+    wanted = ModelConfig(num_layers=6, d_model=64, full_attention_interval=3, rotary_fraction=0.5, compute_dtype="float32", **training)
     forms = [
         {**TEXT, **sizes, "layer_types": kinds, "rope_parameters": rope},
         {**TEXT, **sizes, "full_attention_interval": 3, "rope_theta": 10_000_000, "partial_rotary_factor": 0.5, "rope_scaling": None},

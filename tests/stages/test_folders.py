@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a1jax import config, main, params
+from a1jax import checkpoint, config, main, params
 from a1jax.config import ConfigError
 from a1jax.models import hf, transformer
 from a1jax.stages import folders, pipeline
@@ -100,7 +103,68 @@ def test_mistakes_are_one_line_and_write_nothing(release, imported, tmp_path, ca
     assert "no such folder" in refused(capsys, "export", tmp_path / "nowhere", tmp_path / "out")
     assert "no parameters in it" in refused(capsys, "export", release[0], tmp_path / "out")
     assert "no config.json" in refused(capsys, "export", imported, tmp_path / "out", "--source", tmp_path)
+    assert "not a folder" in refused(capsys, "import", tmp_path / "nowhere", tmp_path / "a" / "b" / "c")
+    assert "no config.json" in refused(capsys, "export", imported, tmp_path / "a" / "b" / "c", "--source", tmp_path)
+    line = refused(capsys, "export", imported, tmp_path / "out", "--stage", "sft")
+    assert "a parameters folder, it has no stages; leave out --stage sft" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_places_where_no_folder_can_be_made(release, imported, tmp_path, capsys, monkeypatch, command):
+    source = release[0] if command == "import" else imported
+    monkeypatch.setattr(checkpoint, "load_params", lambda *args: pytest.fail("weights were read before the destination was looked at"))
+    (tmp_path / "file").write_text("mine")
+    for place in ("/proc/foo", "/proc/foo/bar", tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        assert f"{place}: no folder can be made there" in refused(capsys, command, source, place)
+    assert "exists and is not an empty folder" in refused(capsys, command, source, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_current_folder_may_be_empty_and_is_filled(release, imported, tmp_path, monkeypatch):
+    for name, command, source in (("base", "import", release[0]), ("out", "export", imported)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert main.main([command, str(source), "."]) == 0
+    assert files(tmp_path / "out") == files(release[0])
+    equal(folders.load(tmp_path / "base", params.abstract(transformer.specs(folders.read_model(imported)[0]))), release[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "gone"])
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a slow machine's threads
+def test_damaged_parameters_are_one_line(imported, tmp_path, capsys, name, damage):
+    folder = shutil.copytree(imported, tmp_path / "in")
+    file = folder / "params" / "params" / name
+    text = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(text[:-20] if damage == "cut" else b"")
+    line = refused(capsys, "export", folder, tmp_path / "out")
+    assert f"{folder}/params/params: no readable parameters, a file in it is missing or damaged" in line
+    with pytest.raises(ConfigError, match="missing or damaged"):
+        checkpoint.stored_params(folder / "params")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_damaged_arrays_are_found_when_they_are_read(imported, tmp_path):
+    """In a process of its own: threads that read the other arrays may complain after the one line."""
+    folder = shutil.copytree(imported, tmp_path / "in")
+    for file in (folder / "params").glob("**/d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if file.stat().st_size > 10_000 else file.read_bytes())
+    line = [sys.executable, "-c", "from a1jax.main import main; raise SystemExit(main())", "export", str(folder), str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("a1jax: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "missing or damaged" in lines[0], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_model_file_that_is_no_text(tmp_path):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "model.json").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="model.json: not the model"):
+        folders.read_model(tmp_path)
 
 
 @pytest.fixture()
@@ -119,7 +183,13 @@ def test_a_stage_leaves_a_folder_that_can_be_exported_and_started_from(setting, 
     assert main.main(["export", str(setting.directory("sft")), str(tmp_path / "sourced"), "--source", str(release[0])]) == 0
     assert files(tmp_path / "sourced") == files(release[0])
 
+    done = setting.directory("student") / "done.json"
     setting.finish("student", jax.tree.map(lambda x: 2 * x, weights), {"steps": 3})
+    facts = done.read_text()
+    done.unlink()  # killed before it
+    assert folders.find(setting.workdir) == setting.directory("sft")
+    assert "no finished stage 'student'" in refused(capsys, "export", setting.workdir, tmp_path / "out", "--stage", "student")
+    done.write_text(facts)
     assert "2 finished stages; give --stage, one of sft, student" in refused(capsys, "export", setting.workdir, tmp_path / "out")
     line = refused(capsys, "export", setting.workdir, tmp_path / "out", "--stage", "teacher")
     assert "no finished stage 'teacher'; give --stage, one of sft, student" in line
