@@ -61,7 +61,7 @@ def reference() -> tuple[object, dict, ModelConfig]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         params, cfg = hf.load(folder)
-    cfg = dataclasses.replace(cfg, compute_dtype="float32", moe="dense", delta_chunk=32, attention_chunk=0, remat="none")
+    cfg = dataclasses.replace(cfg, moe="blocked", delta_chunk=16, attention_chunk=128, remat="none")
     return model, params, cfg
 
 
@@ -91,7 +91,17 @@ def bench_training(model, params: dict, cfg: ModelConfig, rounds: int, rows: int
     import torch
 
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length)).astype(np.int32)
-    step = jax.jit(jax.value_and_grad(lambda p, tokens: loss(p, tokens, cfg)))
+
+    def slices(params, tokens, n=4):
+        """As train.make_train_step does with micro-batches, which a CPU's cache likes."""
+
+        def add(total, rows):
+            return jax.tree.map(lambda a, b: a + b / n, total, jax.value_and_grad(loss)(params, rows, cfg)), None
+
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zero, tokens.reshape(n, -1, length))[0]
+
+    step = jax.jit(slices)
     theirs_tokens = torch.tensor(tokens).long()
 
     def theirs():
@@ -241,7 +251,11 @@ def main() -> None:
     print(f"{machine()}; torch {torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}; seed 0")
     print(f"{'tokens per second':42s} {'ours':>9s}  {'theirs':>9s}  {'ratio':>6s}  target")
     model, params, cfg = reference()
-    for lines in (bench_training(model, params, cfg, rounds), bench_sampling(model, params, cfg, rounds), bench_length(cfg, rounds)):
+    for lines in (
+        bench_training(model, params, cfg, rounds),
+        bench_sampling(model, params, cfg, rounds),
+        bench_length(dataclasses.replace(cfg, delta_chunk=32), rounds),
+    ):
         print("\n".join(lines), flush=True)
     if jax.default_backend() != "cpu":
         print("\n".join(bench_accelerator()))
