@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int
 
 from a1jax.models.context import Axes, chain, shift
 
-SPAN = 1024  # tokens
+SPAN = 512  # tokens
 
 
 def exactly(function: Callable) -> Callable:
@@ -233,7 +233,7 @@ def delta_rule(
     state = jnp.zeros((b, heads, dk, v.shape[-1]), jnp.float32) if state is None else state
     open_run = jnp.full((b,), -2, jnp.int32) if open_run is None else open_run
     n = -(-t // max(SPAN, chunk))
-    if n == 1:
+    if n <= 2:
         state, out = play(prepare(q, k, v, g, beta, runs, chunk, open_run), state)
         return join(out, t), state
     span = -(-t // (n * chunk)) * chunk
