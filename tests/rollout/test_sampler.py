@@ -1,8 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from a1jax.rollout.sampler import invert, run_uniforms, sample
+from a1jax import params
+from a1jax.models import decode, transformer
+from a1jax.rollout.sampler import invert, make_step, run_uniforms, sample
 
 
 def test_inverse_distribution_by_hand():
@@ -53,3 +57,14 @@ def test_inversion_equals_the_running_sum_at_any_vocabulary():
 def test_numbers_of_a_run_are_its_own():
     assert (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 0, 8)).all()
     assert not (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 1, 8)).any()
+
+
+def test_bfloat16_hidden_states_are_sampled_from_float32_logits(small_model):
+    """As the losses see them: logits rounded to bfloat16 would be off by a percent of a nat. In the program, as this compiler may keep
+    more bits than it is asked for."""
+    cfg = dataclasses.replace(small_model, compute_dtype="bfloat16")
+    weights, cache = params.abstract(transformer.specs(cfg)), jax.eval_shape(lambda: decode.init_cache(cfg, 3, 4))
+    on = np.ones(3, bool)
+    text = make_step(cfg, 1.0).lower(weights, cache, np.ones(3, np.int32), on, on, np.ones(3, np.float32)).as_text()
+    logits = [line for line in text.splitlines() if "dot_general" in line and f"-> tensor<3x{cfg.vocab_size}x" in line]
+    assert len(logits) == 1 and logits[0].split("->")[1].startswith(f" tensor<3x{cfg.vocab_size}xf32>")
