@@ -1,5 +1,6 @@
 """The smallest faithful model: two blocks of one gated delta net and one attention layer, grouped heads in both, chunks of 8."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -36,6 +37,18 @@ def weights(cfg):
         return jnp.asarray(shift + std * rng.standard_normal(spec.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, transformer.specs(cfg))
+
+
+@pytest.fixture(scope="session")
+def untied(cfg):
+    """The same with an unembedding of its own and router losses that count."""
+    return dataclasses.replace(cfg, load_balance_coef=0.3, z_loss_coef=0.1, tie_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def free(weights):
+    """Parameters of ``untied``."""
+    return {**weights, "lm_head": weights["embed_tokens"][::-1]}
 
 
 @pytest.fixture(scope="session")

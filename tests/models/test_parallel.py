@@ -165,16 +165,6 @@ value_and_gradient = jit(jax.value_and_grad(loss, has_aux=True), static_argnums=
 
 
 @pytest.fixture(scope="module")
-def untied(cfg):
-    return dataclasses.replace(cfg, load_balance_coef=0.3, z_loss_coef=0.1, tie_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def free(weights):
-    return {**weights, "lm_head": weights["embed_tokens"][::-1]}
-
-
-@pytest.fixture(scope="module")
 def one_device(free, rows, untied):
     """Arguments and results for eight packed rows: segments over borders of shards, ending at them, several inside one, padding."""
     positions, segments = rows(LENGTHS, T)

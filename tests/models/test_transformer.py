@@ -36,16 +36,6 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def untied(cfg):
-    return dataclasses.replace(cfg, load_balance_coef=0.3, z_loss_coef=0.1, tie_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def free(weights):
-    return {**weights, "lm_head": weights["embed_tokens"][::-1]}
-
-
-@pytest.fixture(scope="module")
 def one_device(free, tokens, rows, untied):
     """Arguments and results for eight packed rows with padding."""
     positions, segments = rows([[20], [5, 14], [1, 1, 1, 16], [3, 2, 9], [8, 8, 4], [7], [19, 1], [10, 10]], T)
