@@ -18,12 +18,17 @@ from a1jax.align.vocab_map_build import FIRST_CONTROL
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """One row per student token [T]; zeros in masked rows, which belong in no denominator."""
+    """One row per student token [T]; zeros in masked rows, which belong in no denominator.
 
-    q: np.ndarray  # [T, V_S]: the teacher's mass on every student unit; q.sum(1) + residual = 1
+    A chained token that is no unit itself (123 of a student whose teacher writes digit by digit) is a class of its own at its position,
+    apart from the unit that it is otherwise summed in: else the chain would say nothing about which of the unit's tokens to write.
+    """
+
+    q: np.ndarray  # [T, V_S]: the teacher's mass on every student unit, and at [i, alone[i]] on that token; q.sum(1) + residual = 1
     residual: np.ndarray  # [T]: its mass on nothing the student can write here
     score: np.ndarray  # [T]: s_i, log-probability the teacher gives to the bytes of the student's token, after what was pending
     masked: np.ndarray  # bool [T]
+    alone: np.ndarray  # int32 [T]: the written token where it is such a class (``stands_alone``) and has mass, NONE elsewhere
 
 
 def log_softmax(logits: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -39,6 +44,7 @@ def target(log_p: np.ndarray, student_ids: Ids, teacher_ids: Ids, spans: Spans, 
     teacher_ids [T_T] are those that ``spans`` was made from.
     """
     count, units = len(student_ids), len(vocab_map.unit_of_student)
+    alone = np.full(count, NONE, np.int32)
     q, residual, score = np.zeros((count, units), log_p.dtype), np.zeros(count, log_p.dtype), np.zeros(count, log_p.dtype)
     for i in np.flatnonzero(~spans.masked):
         j, m, offset = int(spans.teacher[i]), int(spans.last[i]), int(spans.offset[i])
@@ -55,15 +61,32 @@ def target(log_p: np.ndarray, student_ids: Ids, teacher_ids: Ids, spans: Spans, 
         if m > j:
             score[i] += sum(log_p[k, int(teacher_ids[k])] for k in range(j, m))
             source = vocab_map.suffix[vocab_map.teacher_starts[token] + offset]
-            _move(q[i], residual[i : i + 1], source, vocab_map.unit_of_student[int(student_ids[i])], np.exp(score[i]))
-    return Target(q, residual, score, spans.masked)
+            written = int(student_ids[i])
+            if stands_alone(vocab_map, written) and not np.isneginf(score[i]):
+                alone[i] = written
+            _move(q[i], residual[i : i + 1], source, written if alone[i] != NONE else vocab_map.unit_of_student[written], np.exp(score[i]))
+    return Target(q, residual, score, spans.masked, alone)
 
 
-def fold(p: np.ndarray, vocab_map: VocabMap) -> tuple[np.ndarray, np.ndarray]:
+def stands_alone(vocab_map: VocabMap, student_ids: Ids) -> np.ndarray:
+    """bool, like student_ids: whether these tokens, where chained, are classes of their own: where both vocabularies are folded, and no
+    unit has their bytes (a token whose bytes another id has too is compared in that one's unit)."""
+    ids = np.asarray(student_ids, np.int64)
+    lengths = np.append(np.diff(vocab_map.student_starts), 0)  # the last one for NONE
+    return (vocab_map.mode == "two_sided") & (lengths[vocab_map.unit_of_student[ids]] < lengths[ids])
+
+
+def fold(p: np.ndarray, vocab_map: VocabMap, alone: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(p~ [T, V_S], rest [T]) of the student's probabilities p [T, V_S]: summed over the tokens that are compared in one unit, and the
-    mass of those that are compared in none."""
+    mass of those that are compared in none. alone [T]: of ``Target``; its mass stands in its own column, and in no other sum."""
     unit, folded = vocab_map.unit_of_student, np.zeros_like(p)
+    apart = np.zeros(0, np.int64) if alone is None else np.flatnonzero(alone != NONE)
+    if len(apart):
+        token, p = alone[apart], p.copy()
+        own, p[apart, token] = p[apart, token], 0
     np.add.at(folded, (slice(None), unit[unit != NONE]), p[:, unit != NONE])
+    if len(apart):
+        folded[apart, token] = own  # no unit's column: a token that is one does not stand alone
     return folded, p[:, unit == NONE].sum(axis=1)
 
 

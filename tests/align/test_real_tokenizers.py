@@ -138,6 +138,9 @@ def test_targets_on_real_vocabularies(maps, tokenizers, pair):
     written = [log_p[k, t] for k, t in enumerate(theirs[:-1])] + [np.log(np.exp(log_p[-1, list(stops)]).sum())]
     assert exact.score.sum() == pytest.approx(np.sum(written, dtype=np.float64), abs=1e-3)
     units = np.unique(made.unit_of_student[made.unit_of_student >= 0])
+    apart = np.flatnonzero(got.alone >= 0)
+    assert found.chained[apart].all() and (len(apart) or pair[0] == "mistral")  # few of its tokens are no unit of the other
+    got.q[apart, got.alone[apart]] = 0
     assert not np.delete(got.q, units, axis=1).any()
 
 

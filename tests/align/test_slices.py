@@ -33,7 +33,9 @@ def test_slices_give_the_scores_and_the_mass_of_the_dense_target(pair, seed, mod
         assert got.unit[i] == made.map.unit_of_student[made.student_ids[i]]
         p = np.exp(made.log_p[j, made.teacher_ids[j]] - log_z)
         mass = dense.q[i, got.source[i]] if got.source[i] >= 0 else dense.residual[i]
-        moved = np.exp(score) if found.chained[i] and got.source[i] != got.unit[i] else 0
+        assert got.alone[i] == -1 if np.isneginf(dense.score[i]) else got.alone[i] == dense.alone[i]
+        moves = got.source[i] != got.unit[i] or got.alone[i] >= 0
+        moved = np.exp(score) if found.chained[i] and moves else 0
         assert mass >= p - moved - 1e-12
 
 
@@ -57,4 +59,4 @@ def test_masked_positions_have_empty_slices(pair):
     hidden = dataclasses.replace(found, masked=np.ones_like(found.masked))
     got = slices.slices(made.map, hidden, made.student_ids, made.teacher_ids)
     assert not (got.low.any() or got.high.any() or got.end_low.any() or got.end_high.any())
-    assert (got.source == -1).all() and (got.unit == -1).all()
+    assert (got.source == -1).all() and (got.unit == -1).all() and (got.alone == -1).all()

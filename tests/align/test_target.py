@@ -56,7 +56,7 @@ def test_chained_by_hand(digits):
     p = np.array([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0], [0.1, 0.3, 0.1, 0.2, 0.1, 0.1, 0.1], [0.1, 0.1, 0.6, 0.1, 0.1, 0, 0]])
     with np.errstate(divide="ignore"):
         log_p = np.log(p)
-    for mode, unit in (("one_sided", 2), ("two_sided", 0)):
+    for mode in ("one_sided", "two_sided"):
         made = vocab_map.build(*digits, mode)
         found = spans.align([2], [0, 3], made)  # 12 against 1|23: all that start with 2 continue it
         assert found.masked.tolist() == [True]  # ... but 3 was never written by the student
@@ -65,12 +65,13 @@ def test_chained_by_hand(digits):
         np.testing.assert_allclose(np.exp(got.score), [0.5 * (0.3 + 0.2), 0.2 / 0.5])
         row = np.zeros(7)
         row[[0, 1, 4, 6]] = 0.5, 0.2, 0.1, 0.1
-        row[[0, unit]] += [-0.25, 0.25] if unit else 0
+        row[[0, 2]] += [-0.25, 0.25]  # 12 is a unit, or else stands alone
         np.testing.assert_allclose(got.q[0], row, atol=1e-12)
+        assert got.alone.tolist() == ([2, -1] if mode == "two_sided" else [-1, -1])
         ours, theirs = [3], [0, 1, 2]  # 123 against 1|2|3
         got = target.target(log_p, ours, theirs, spans.align(ours, theirs, made), made)
         assert np.exp(got.score[0]) == pytest.approx(0.5 * 0.3 * 0.6)
-        assert got.q[0, 3 if unit else 0] == pytest.approx(0.09 if unit else 0.5)
+        assert got.q[0, 3] == pytest.approx(0.09) and got.q[0, 0] == pytest.approx(0.41)
 
 
 @settings(max_examples=80, deadline=None)
@@ -84,7 +85,13 @@ def test_mass_is_kept(pair, seed, mode, single):
     assert (got.q >= 0).all() and (got.residual >= 0).all()
     if mode == "two_sided":
         units = np.unique(made.map.unit_of_student[made.map.unit_of_student >= 0])
+        apart = np.flatnonzero(got.alone >= 0)
+        own = got.q[apart, got.alone[apart]]
+        np.testing.assert_array_equal(own, np.exp(got.score[apart]))
+        got.q[apart, got.alone[apart]] = 0
         assert not np.delete(got.q, units, axis=1).any()  # nothing where the student's folded mass can never be
+    else:
+        assert (got.alone == -1).all()
 
 
 @settings(max_examples=80, deadline=None)
@@ -171,7 +178,9 @@ def _kl(p, q):
 def test_folding_never_increases_the_divergence(pair, seed):
     made = pair(seed)
     p, q = (np.exp(target.log_softmax(made.rng.normal(0, 2, (6, len(made.student))), made.map.student_valid)) for _ in range(2))
-    for one, two, folded, aimed in zip(p, q, *(np.column_stack(target.fold(x, made.map)) for x in (p, q)), strict=True):
+    apart = np.flatnonzero(target.stands_alone(made.map, np.arange(len(made.student))) & made.map.student_valid)
+    alone = made.rng.choice(np.append(apart, -1), 6)
+    for one, two, folded, aimed in zip(p, q, *(np.column_stack(target.fold(x, made.map, alone)) for x in (p, q)), strict=True):
         assert folded.sum() == pytest.approx(1) and aimed.sum() == pytest.approx(1)
         assert _kl(folded, aimed) <= _kl(one, two) + 1e-12
         assert _kl(aimed, folded) <= _kl(two, one) + 1e-12
@@ -227,6 +236,53 @@ def test_masked_rows_are_zero_and_nothing_else_moves(pair):
     other = target.target(made.log_p, made.student_ids, made.teacher_ids, hidden, made.map)
     assert not other.q[hidden.masked].any() and not other.residual[hidden.masked].any() and not other.score[hidden.masked].any()
     assert np.array_equal(other.q[~hidden.masked], got.q[~hidden.masked]) and np.array_equal(other.masked, hidden.masked)
+
+
+@pytest.mark.parametrize("mode", ["two_sided", "one_sided", "shared"])
+def test_folding_by_hand(digits, mode):
+    made = vocab_map.build(*digits, mode)
+    p = np.array([[0.2, 0.1, 0.3, 0.15, 0.05, 0.12, 0.08]] * 2)
+    alone = np.array([3, -1])
+    folded, rest = target.fold(p, made, alone if mode == "two_sided" else None)
+    expected = {
+        "two_sided": [[0.5, 0.1, 0, 0.15, 0.17, 0, 0.08], [0.65, 0.1, 0, 0, 0.17, 0, 0.08]],
+        "one_sided": [p[0], p[0]],
+        "shared": [[0.2, 0.1, 0, 0, 0.05, 0, 0.08]] * 2,
+    }[mode]
+    np.testing.assert_allclose(folded, expected)
+    np.testing.assert_allclose(rest, 1 - np.sum(expected, axis=1), atol=1e-12)
+    assert p[0, 3] == 0.15
+
+
+def test_which_token_stands_alone():
+    student = byte_table.make([b"1", b"12", b"12", b"x", b"1a", b"1a"])  # 12 and 1a twice
+    teacher = byte_table.make([b"1", b"2", b"12", b"a"])
+    made = vocab_map.build(student, teacher)
+    # 12 is a unit, also by its other name; x and both spellings of 1a are none
+    assert target.stands_alone(made, np.arange(6)).tolist() == [False, False, False, True, True, True]
+    for mode in ("one_sided", "shared"):
+        assert not target.stands_alone(vocab_map.build(student, teacher, mode), np.arange(6)).any()
+    log_p = np.log(np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]))
+    for written, theirs, column in (([2], [0, 1], 1), ([5], [0, 3], 5)):  # 12 against 1|2, 1a against 1|a
+        got = target.target(log_p, written, theirs, spans.align(written, theirs, made), made)
+        assert got.alone.tolist() == [5 if column == 5 else -1]
+        assert got.q[0, column] == pytest.approx(0.4 * (0.4 if column == 5 else 0.2) + (0 if column == 5 else 0.2))
+        assert got.q[0].sum() + got.residual[0] == pytest.approx(1)
+
+
+def test_a_teacher_of_digits_says_which_number_to_write(digits):
+    """Of two students with the same mass on numbers that begin with 1, the one that writes the teacher's 123 is the nearer one."""
+    made = vocab_map.build(*digits)
+    log_p = np.log(
+        np.array([[0.94, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01], [0.01, 0.95, 0.01, *[0.0075] * 4], [0.01, 0.01, 0.95, *[0.0075] * 4]])
+    )
+    got = target.target(log_p, [3], [0, 1, 2], spans.align([3], [0, 1, 2], made), made)
+    assert got.q[0, 3] == pytest.approx(0.94 * 0.95**2)
+    divergence = []
+    for p in ([0.1, 0.01, 0.02, 0.84, 0.01, 0.01, 0.01], [0.84, 0.01, 0.02, 0.1, 0.01, 0.01, 0.01]):
+        folded, rest = target.fold(np.array([p]), made, got.alone)
+        divergence.append(_kl(np.append(folded, rest), np.append(got.q, got.residual + 1e-12)))
+    assert divergence[0] < 0.1 < 1 < divergence[1]
 
 
 def test_padding_rows_of_the_output_matrix_change_nothing(digits):
