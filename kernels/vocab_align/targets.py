@@ -1,0 +1,262 @@
+"""Aligned targets: what a teacher of another tokenizer says at every position of a student's batch, as k + 1 classes a position.
+
+Letters: N rows of the student's batch, NT of the teacher's, V_T teacher ids, k units kept, K = k + 1 places. Everything is float32 whatever
+the inputs are; the teacher's logits [N, V_T] are never an array. ``a1jax.align.positions`` makes ``Tables`` and ``Positions``; the
+meaning of a target is ``../../shared/design/vocabulary_alignment.md``, section 3, and ``a1jax.align.target`` computes it densely.
+
+All numbers that a position needs are log masses in one row of a teacher's distribution, up to its normaliser: sums over a few gathered
+rows of the output matrix (``_sums``), log-sum-exps over the vocabulary, and top-k searches. They lie end to end in a *pool*,
+
+    sums of entries [G] | logsumexp of synchronised rows [P] | of chain rows [C] | of narrow slices [Q] | of wide slices [W],
+
+so that a score is a sum of differences of numbers of the pool, and ``Positions`` says which.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .aligned import Between, Implementation, aligned_topk
+from .layout import Arranged, Layout, arrange
+from .ops import SLAB, logsumexp
+
+TILE = 1024  # rows of the teacher that are searched at a time
+BLOCK = 2048  # ids of the vocabulary at a time, where only the log-sum-exp is wanted
+LEAST_REST = 2.0**-24  # what a chain that took all of its source leaves there: half a unit in the last place of 1
+
+
+class Tables(NamedTuple):
+    """What does not change between batches of one teacher. layout: of the units of whole tokens. wide: rows (token, offset) of all
+    slices above the capacity, ranks offset * V_T + rank; None where there are none. valid bool [V_T]. key: of the map."""
+
+    layout: Layout
+    wide: Layout | None
+    valid: np.ndarray
+    key: tuple[str, str, str]
+
+
+class Positions(NamedTuple):
+    """One batch, as integers. Arrays are numpy int32, padded to powers of two; ``counts`` says how much of the first six is real."""
+
+    sync: np.ndarray  # [P] teacher rows where a student token begins with a teacher token
+    chain: np.ndarray  # [C] teacher rows inside of chains
+    entry_row: np.ndarray  # [E] logits to gather and add up: teacher row,
+    entry_id: np.ndarray  # [E] teacher id (-1: none),
+    entry_sum: np.ndarray  # [E] rising: the sum it belongs to; G - 1 is empty
+    sum_unit: np.ndarray  # [G] the unit that a sum stands for, in slices; -1: none
+    narrow_first: np.ndarray  # [Q] first sum of a slice,
+    narrow_count: np.ndarray  # [Q] and how many
+    wide_row: np.ndarray  # [W] slices above the capacity: teacher row,
+    wide_low: np.ndarray  # [W] ranks as in Tables.wide
+    wide_high: np.ndarray
+    term_over: np.ndarray  # [M] places in the pool: a score is the sum of pool[over] - pool[under]
+    term_under: np.ndarray  # [M]
+    term_position: np.ndarray  # [M] rising
+    row: np.ndarray  # [T] student row; from here on one entry per position, padding beyond all rows
+    place: np.ndarray  # [T] in the searches' results, synchronised | narrow | wide: the best units
+    total: np.ndarray  # [T] in the pool: log Z
+    mass: np.ndarray  # [T] in the pool: of ``unit``, before anything moves to it
+    source: np.ndarray  # [T] where chained: the unit that mass is taken from
+    unit: np.ndarray  # [T] and the one it goes to
+    alone: np.ndarray  # [T] or the token, where that is a class of its own; -1 otherwise, in all three
+    width: int  # at least as many sums as any narrow slice has, a power of two
+    counts: dict[str, int]  # sync, chain, entries, narrow, wide; rows: the teacher's highest + 1; student_rows: the student's
+    masked: np.ndarray  # int32 [.] student rows of the tokens with no target, which belong in no denominator
+    shares: dict[str, float]
+    key: tuple[str, str, str]  # of the map
+
+    def report(self) -> dict[str, float]:
+        """positions (a count, masked ones included), and the shares of them that are straddled, chained and masked."""
+        return dict(self.shares)
+
+
+class Targets(NamedTuple):
+    """values float32 [N, K]: log q of each class; q over all classes and the residual is 1. An empty place: -inf.
+    units int32 [N, K]: -1 in empty places, and in the last place where that is the class {alone}.
+    alone int32 [N]: the token that is the class in the last place, apart from the unit it is otherwise summed in; -1 for none.
+    score float32 [N]: log-probability of the token that was written; 0 in rows without a position.
+
+    The first k places are the best units before the chain's mass is moved, the last one is for what it moved to, where that is not
+    among them."""
+
+    values: jax.Array
+    units: jax.Array
+    alone: jax.Array
+    score: jax.Array
+
+
+def aligned_targets(
+    hidden: jax.Array, unembed: jax.Array, tables: Tables, positions: Positions, k: int, rows: int, implementation: Implementation = "auto"
+) -> Targets:
+    """The targets of N = ``rows`` rows of a student's batch, no gradient; rows that no position points at are empty.
+
+    hidden [NT, D]: the teacher's, row n predicts its next token. unembed [V_T, D]: as many rows as the map has teacher ids; rows that hold
+    -inf are padding. implementation: of ``aligned_topk``. A sequence of jitted calls: call it from the host.
+
+    Raises ValueError for shapes that do not belong together, tables of another map, k below 1, and rows out of range.
+    """
+    _check(hidden, unembed, tables, positions, k, rows)
+    hidden, unembed = lax.stop_gradient((hidden, unembed))
+    at, counts = positions, positions.counts
+    mass = _sums(hidden, unembed, at.entry_row, at.entry_id, at.entry_sum, counts["entries"], at.sum_unit.size)
+    pool, found = [mass], []
+    if at.sync.size:
+        found.append(_search(hidden, arrange(unembed, tables.layout), at.sync, counts["sync"], None, k, implementation))
+        pool.append(found[-1][2])
+    if at.chain.size:
+        pool.append(_totals(hidden, unembed, tables.valid, at.chain, counts["chain"]))
+    if at.narrow_first.size:
+        found.append(_narrow(mass, at.sum_unit, at.narrow_first, at.narrow_count, counts["narrow"], at.width, k))
+        pool.append(found[-1][2])
+    if at.wide_row.size:
+        between = (at.wide_low, at.wide_high)
+        found.append(_search(hidden, arrange(unembed, tables.wide), at.wide_row, counts["wide"], between, k, implementation))
+        pool.append(found[-1][2])
+    if not found:
+        found.append((jnp.full((1, k), -jnp.inf), jnp.full((1, k), -1, jnp.int32), None))
+    best = (_joined([values for values, *_ in found], -jnp.inf), _joined([units for _, units, _ in found], -1))
+    terms = (at.term_over, at.term_under, at.term_position)
+    where = (at.row, at.place, at.total, at.mass, at.source, at.unit, at.alone)
+    return _assemble(*best, _joined(pool, -jnp.inf), terms, where, rows)
+
+
+def _check(hidden, unembed, tables, positions, k, rows) -> None:
+    if hidden.ndim != 2 or unembed.ndim != 2 or hidden.shape[1] != unembed.shape[1]:
+        raise ValueError(f"hidden {hidden.shape} and unembed {unembed.shape} must be [NT, D] and [V_T, D] of one width D")
+    if unembed.shape[0] != tables.valid.size:
+        raise ValueError(
+            f"the map is of a teacher with {tables.valid.size} ids, and its output matrix has {unembed.shape[0]} rows: "
+            "build the map with that vocab_size, or of this teacher's tokenizer"
+        )
+    if tables.key != positions.key:
+        raise ValueError("the positions were made with another vocabulary map than the tables: use one map for both")
+    if k < 1:
+        raise ValueError(f"k is {k}: it must be at least 1")
+    for name, size in (("rows", hidden.shape[0]), ("student_rows", rows)):
+        if positions.counts[name] > size:
+            raise ValueError(f"a position points at row {positions.counts[name] - 1} of {'hidden' if name == 'rows' else 'the student'}, "
+                             f"and there are {size}")  # fmt: skip
+
+
+def _joined(parts: list[jax.Array], fill: float) -> jax.Array:
+    """One after the other, filled up to a power of two, so that ``_assemble`` is compiled for few sizes."""
+    total = sum(part.shape[0] for part in parts)
+    rest = (1 << (total - 1).bit_length()) - total
+    return jnp.concatenate([*parts, jnp.full((rest, *parts[0].shape[1:]), fill, parts[0].dtype)])
+
+
+def _each_tile(body, empty, size: int, tile: int, count: jax.Array):
+    """Fills ``empty`` (a tuple of [size, ...]) by ``body(take) -> tuple of [tile, ...]``, as many tiles as ``count`` needs;
+    take(x) is the tile's part of x [size, ...]."""
+
+    def step(state):
+        index, *old = state
+        new = body(lambda x: lax.dynamic_slice_in_dim(jnp.asarray(x), index * tile, tile))
+        return index + 1, *(lax.dynamic_update_slice_in_dim(a, b, index * tile, 0) for a, b in zip(old, new, strict=True))
+
+    return lax.while_loop(lambda state: state[0] * tile < jnp.minimum(count, size), step, (jnp.int32(0), *empty))[1:]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "implementation"))
+def _search(
+    hidden: jax.Array, arranged: Arranged, row: jax.Array, count: jax.Array, between: Between, k: int, implementation: Implementation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(values [P, k], units [P, k], logsumexp [P]) of the rows' best units, each within its slice."""
+
+    def body(take):
+        found = aligned_topk(hidden[take(row)], arranged, k, between=between and tuple(map(take, between)), implementation=implementation)
+        return found.values, found.units, found.logsumexp
+
+    return _each_tile(body, _nothing(row.shape[0], k), row.shape[0], min(TILE, row.shape[0]), count)
+
+
+def _nothing(size: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    nowhere = jnp.full((size, k), -jnp.inf, jnp.float32)
+    return nowhere, jnp.full((size, k), -1, jnp.int32), nowhere[:, 0]
+
+
+@jax.jit
+def _totals(hidden: jax.Array, unembed: jax.Array, valid: jax.Array, row: jax.Array, count: jax.Array) -> jax.Array:
+    """[C] log-sum-exp over the vocabulary."""
+
+    def body(take):
+        return (logsumexp(hidden[take(row)], unembed, BLOCK, valid),)
+
+    size = row.shape[0]
+    return _each_tile(body, (jnp.full((size,), -jnp.inf, jnp.float32),), size, min(TILE, size), count)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("sums",))
+def _sums(
+    hidden: jax.Array, unembed: jax.Array, row: jax.Array, token: jax.Array, which: jax.Array, count: jax.Array, sums: int
+) -> jax.Array:
+    """[G] log-sum-exp of the gathered logits of each sum; -inf where it has none. ``which`` rises."""
+    size = row.shape[0]
+    tile = min(size, 1 << max(SLAB // hidden.shape[1], 1).bit_length() - 1)
+
+    def body(take):
+        ids = take(token)
+        matrix = unembed[jnp.maximum(ids, 0)]
+        fine = (ids >= 0) & ~jnp.any(jnp.isneginf(matrix), axis=1)
+        matrix = jnp.where(fine[:, None], matrix, 0)  # 0 times -inf is no number
+        logits = jnp.einsum("ed,ed->e", hidden[take(row)], matrix, preferred_element_type=jnp.float32)
+        return (jnp.where(fine, logits, -jnp.inf),)
+
+    logits = _each_tile(body, (jnp.full((size,), -jnp.inf, jnp.float32),), size, tile, count)[0]
+    top = jax.ops.segment_max(logits, which, sums, indices_are_sorted=True)
+    shift = jnp.where(jnp.isfinite(top), top, 0)
+    return shift + jnp.log(jax.ops.segment_sum(jnp.exp(logits - shift[which]), which, sums, indices_are_sorted=True))
+
+
+@functools.partial(jax.jit, static_argnames=("width", "k"))
+def _narrow(
+    mass: jax.Array, sum_unit: jax.Array, first: jax.Array, number: jax.Array, count: jax.Array, width: int, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(values [Q, k], units [Q, k], logsumexp [Q]) of slices whose units' masses are mass[first : first + number]; lower units first."""
+    size, width = first.shape[0], max(width, k)
+
+    def body(take):
+        lane = jnp.arange(width, dtype=jnp.int32)
+        inside = lane < take(number)[:, None]
+        places = jnp.where(inside, take(first)[:, None] + lane, 0)
+        values = jnp.where(inside, mass[places], -jnp.inf)
+        units = jnp.where(inside, jnp.asarray(sum_unit)[places], -1)
+        best, place = lax.top_k(jnp.where(units >= 0, values, -jnp.inf), k)
+        units = jnp.where(jnp.isneginf(best), -1, jnp.take_along_axis(units, place, axis=1))
+        return best, units, jax.nn.logsumexp(values, axis=1)
+
+    tile = min(size, 1 << max(4 * SLAB // width, 1).bit_length() - 1)
+    return _each_tile(body, _nothing(size, k), size, tile, count)
+
+
+@functools.partial(jax.jit, static_argnames=("rows",))
+def _assemble(values: jax.Array, units: jax.Array, pool: jax.Array, terms: tuple, where: tuple, rows: int) -> Targets:
+    """From masses to targets: normalised, the chain's mass moved, at the rows of the student's batch."""
+    over, under, position = terms
+    row, place, total, mass, source, unit, alone = (jnp.asarray(x) for x in where)
+    score = jax.ops.segment_sum(_less(pool[over], pool[under]), position, row.shape[0] + 1, indices_are_sorted=True)[:-1]
+    total, units = pool[total], units[place]
+    values = _less(values[place], total[:, None])
+    given, taken = (units == unit[:, None]) & (unit >= 0)[:, None], (units == source[:, None]) & (source >= 0)[:, None]
+    share = jnp.minimum(jnp.where(taken, score[:, None] - values, -jnp.inf), -LEAST_REST)
+    values = jnp.where(taken, values + jnp.log(-jnp.expm1(share)), values)
+    values = jnp.where(given, jnp.logaddexp(values, score[:, None]), values)
+    extra = (unit >= 0) & ~jnp.any(given, axis=1)
+    last = jnp.where(extra, jnp.logaddexp(_less(pool[mass], total), score), jnp.where(alone >= 0, score, -jnp.inf))
+    some = ~jnp.isneginf(last)
+    values = jnp.concatenate([values, last[:, None]], axis=1)
+    units = jnp.concatenate([units, jnp.where(extra & some, unit, -1)[:, None]], axis=1)
+    empty = Targets(*_nothing(rows, values.shape[1])[:2], jnp.full((rows,), -1, jnp.int32), jnp.zeros((rows,), jnp.float32))
+    made = Targets(values, units, jnp.where(some, alone, -1), score)
+    return jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), empty, made)
+
+
+def _less(over: jax.Array, under: jax.Array) -> jax.Array:
+    """over - under for log masses, one a part of the other: -inf of nothing is -inf."""
+    return jnp.where(jnp.isneginf(over), -jnp.inf, over - under)
