@@ -71,9 +71,10 @@ def target(log_p: np.ndarray, student_ids: Ids, teacher_ids: Ids, spans: Spans, 
 def stands_alone(vocab_map: VocabMap, student_ids: Ids) -> np.ndarray:
     """bool, like student_ids: whether these tokens, where chained, are classes of their own: where both vocabularies are folded, and no
     unit has their bytes (a token whose bytes another id has too is compared in that one's unit)."""
-    ids = np.asarray(student_ids, np.int64)
-    lengths = np.append(np.diff(vocab_map.student_starts), 0)  # the last one for NONE
-    return (vocab_map.mode == "two_sided") & (lengths[vocab_map.unit_of_student[ids]] < lengths[ids])
+    ids, starts = np.asarray(student_ids, np.int64), vocab_map.student_starts
+    unit = vocab_map.unit_of_student[ids]
+    shorter = (unit == NONE) | (starts[unit + 1] - starts[unit] < starts[ids + 1] - starts[ids])
+    return (vocab_map.mode == "two_sided") & shorter
 
 
 def fold(p: np.ndarray, vocab_map: VocabMap, alone: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

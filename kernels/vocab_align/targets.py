@@ -30,19 +30,21 @@ TILE = 1024  # rows of the teacher that are searched at a time
 BLOCK = 2048  # ids of the vocabulary at a time, where only the log-sum-exp is wanted
 LEAST_REST = 2.0**-24  # what a chain that took all of its source leaves there: half a unit in the last place of 1
 
+Key = tuple[str, str, str, int]  # a map's mode, hashes of student and teacher, and the capacity of slices
+
 
 class Tables(NamedTuple):
     """What does not change between batches of one teacher. layout: of the units of whole tokens. wide: rows (token, offset) of all
-    slices above the capacity, ranks offset * V_T + rank; None where there are none. valid bool [V_T]. key: of the map."""
+    slices above the capacity, ranks offset * V_T + rank; None where there are none. valid bool [V_T]. key: as of ``Positions``."""
 
     layout: Layout
     wide: Layout | None
     valid: np.ndarray
-    key: tuple[str, str, str]
+    key: Key
 
 
 class Positions(NamedTuple):
-    """One batch, as integers. Arrays are numpy int32, padded to powers of two; ``counts`` says how much of the first six is real."""
+    """One batch, as integers: numpy int32 arrays, padded to few different sizes (what is read TILE rows at a time to multiples of it)."""
 
     sync: np.ndarray  # [P] teacher rows where a student token begins with a teacher token
     chain: np.ndarray  # [C] teacher rows inside of chains
@@ -65,11 +67,11 @@ class Positions(NamedTuple):
     source: np.ndarray  # [T] where chained: the unit that mass is taken from
     unit: np.ndarray  # [T] and the one it goes to
     alone: np.ndarray  # [T] or the token, where that is a class of its own; -1 otherwise, in all three
-    width: int  # at least as many sums as any narrow slice has, a power of two
-    counts: dict[str, int]  # sync, chain, entries, narrow, wide; rows: the teacher's highest + 1; student_rows: the student's
+    width: int  # at least as many sums as any narrow slice has
+    counts: dict[str, int]  # entries: those that are real; rows: the teacher's highest + 1; student_rows: the student's
     masked: np.ndarray  # int32 [.] student rows of the tokens with no target, which belong in no denominator
     shares: dict[str, float]
-    key: tuple[str, str, str]  # of the map
+    key: Key
 
     def report(self) -> dict[str, float]:
         """positions (a count, masked ones included), and the shares of them that are straddled, chained and masked."""
@@ -91,6 +93,19 @@ class Targets(NamedTuple):
     score: jax.Array
 
 
+class _Found(NamedTuple):
+    """Of a search: values [., k], falling, units [., k] (-inf and -1 in empty places), total [.]: log-sum-exp of all, the residual too."""
+
+    values: jax.Array
+    units: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def empty(cls, size: int, k: int) -> _Found:
+        nothing = jnp.full((size, k), -jnp.inf, jnp.float32)
+        return cls(nothing, jnp.full((size, k), -1, jnp.int32), nothing[:, 0])
+
+
 def aligned_targets(
     hidden: jax.Array, unembed: jax.Array, tables: Tables, positions: Positions, k: int, rows: int, implementation: Implementation = "auto"
 ) -> Targets:
@@ -103,27 +118,20 @@ def aligned_targets(
     """
     _check(hidden, unembed, tables, positions, k, rows)
     hidden, unembed = lax.stop_gradient((hidden, unembed))
-    at, counts = positions, positions.counts
-    mass = _sums(hidden, unembed, at.entry_row, at.entry_id, at.entry_sum, counts["entries"], at.sum_unit.size)
-    pool, found = [mass], []
-    if at.sync.size:
-        found.append(_search(hidden, arrange(unembed, tables.layout), at.sync, counts["sync"], None, k, implementation))
-        pool.append(found[-1][2])
-    if at.chain.size:
-        pool.append(_totals(hidden, unembed, tables.valid, at.chain, counts["chain"]))
-    if at.narrow_first.size:
-        found.append(_narrow(mass, at.sum_unit, at.narrow_first, at.narrow_count, counts["narrow"], at.width, k))
-        pool.append(found[-1][2])
-    if at.wide_row.size:
-        between = (at.wide_low, at.wide_high)
-        found.append(_search(hidden, arrange(unembed, tables.wide), at.wide_row, counts["wide"], between, k, implementation))
-        pool.append(found[-1][2])
-    if not found:
-        found.append((jnp.full((1, k), -jnp.inf), jnp.full((1, k), -1, jnp.int32), None))
-    best = (_joined([values for values, *_ in found], -jnp.inf), _joined([units for _, units, _ in found], -1))
+    at, search = positions, functools.partial(_search, k=k, implementation=implementation)
+    masses = _sums(hidden, unembed, at.entry_row, at.entry_id, at.entry_sum, at.counts["entries"], at.sum_unit.size)
+    whole = arrange(unembed, tables.layout) if at.sync.size else None
+    sync = [search(hidden, whole, row, None) for (row,) in _tiles(at.sync)]
+    chain = [_totals(hidden, unembed, tables.valid, row) for (row,) in _tiles(at.chain)]
+    sliced = [_narrow(masses, at.sum_unit, *part, at.width, k) for part in _tiles(at.narrow_first, at.narrow_count)]
+    rest = arrange(unembed, tables.wide) if at.wide_row.size else None
+    sliced += [search(hidden, rest, row, between) for row, *between in _tiles(at.wide_row, at.wide_low, at.wide_high)]
+    pool = [masses, *(found.total for found in sync), *chain, *(found.total for found in sliced)]
+    found = [*sync, *sliced] or [_Found.empty(1, k)]
+    values, units = _joined([part.values for part in found], -jnp.inf), _joined([part.units for part in found], -1)
     terms = (at.term_over, at.term_under, at.term_position)
     where = (at.row, at.place, at.total, at.mass, at.source, at.unit, at.alone)
-    return _assemble(*best, _joined(pool, -jnp.inf), terms, where, rows)
+    return _assemble(values, units, _joined(pool, -jnp.inf), terms, where, rows)
 
 
 def _check(hidden, unembed, tables, positions, k, rows) -> None:
@@ -135,7 +143,7 @@ def _check(hidden, unembed, tables, positions, k, rows) -> None:
             "build the map with that vocab_size, or of this teacher's tokenizer"
         )
     if tables.key != positions.key:
-        raise ValueError("the positions were made with another vocabulary map than the tables: use one map for both")
+        raise ValueError("the positions were made with another vocabulary map or capacity than the tables: use one for both")
     if k < 1:
         raise ValueError(f"k is {k}: it must be at least 1")
     for name, size in (("rows", hidden.shape[0]), ("student_rows", rows)):
@@ -151,88 +159,58 @@ def _joined(parts: list[jax.Array], fill: float) -> jax.Array:
     return jnp.concatenate([*parts, jnp.full((rest, *parts[0].shape[1:]), fill, parts[0].dtype)])
 
 
-def _each_tile(body, empty, size: int, tile: int, count: jax.Array):
-    """Fills ``empty`` (a tuple of [size, ...]) by ``body(take) -> tuple of [tile, ...]``, as many tiles as ``count`` needs;
-    take(x) is the tile's part of x [size, ...]."""
-
-    def step(state):
-        index, *old = state
-        new = body(lambda x: lax.dynamic_slice_in_dim(jnp.asarray(x), index * tile, tile))
-        return index + 1, *(lax.dynamic_update_slice_in_dim(a, b, index * tile, 0) for a, b in zip(old, new, strict=True))
-
-    return lax.while_loop(lambda state: state[0] * tile < jnp.minimum(count, size), step, (jnp.int32(0), *empty))[1:]
+def _tiles(*arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """TILE rows at a time, so that no program depends on how many there are; the arrays are that long, or a multiple."""
+    return [tuple(x[start : start + TILE] for x in arrays) for start in range(0, arrays[0].size, TILE)]
 
 
 @functools.partial(jax.jit, static_argnames=("k", "implementation"))
-def _search(
-    hidden: jax.Array, arranged: Arranged, row: jax.Array, count: jax.Array, between: Between, k: int, implementation: Implementation
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(values [P, k], units [P, k], logsumexp [P]) of the rows' best units, each within its slice."""
-
-    def body(take):
-        found = aligned_topk(hidden[take(row)], arranged, k, between=between and tuple(map(take, between)), implementation=implementation)
-        return found.values, found.units, found.logsumexp
-
-    return _each_tile(body, _nothing(row.shape[0], k), row.shape[0], min(TILE, row.shape[0]), count)
-
-
-def _nothing(size: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    nowhere = jnp.full((size, k), -jnp.inf, jnp.float32)
-    return nowhere, jnp.full((size, k), -1, jnp.int32), nowhere[:, 0]
+def _search(hidden: jax.Array, arranged: Arranged, row: jax.Array, between: Between, k: int, implementation: Implementation) -> _Found:
+    """The rows' best units, each within its slice."""
+    found = aligned_topk(hidden[row], arranged, k, between=between, implementation=implementation)
+    return _Found(found.values, found.units, found.logsumexp)
 
 
 @jax.jit
-def _totals(hidden: jax.Array, unembed: jax.Array, valid: jax.Array, row: jax.Array, count: jax.Array) -> jax.Array:
+def _totals(hidden: jax.Array, unembed: jax.Array, valid: jax.Array, row: jax.Array) -> jax.Array:
     """[C] log-sum-exp over the vocabulary."""
-
-    def body(take):
-        return (logsumexp(hidden[take(row)], unembed, BLOCK, valid),)
-
-    size = row.shape[0]
-    return _each_tile(body, (jnp.full((size,), -jnp.inf, jnp.float32),), size, min(TILE, size), count)[0]
+    return logsumexp(hidden[row], unembed, BLOCK, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("sums",))
 def _sums(
     hidden: jax.Array, unembed: jax.Array, row: jax.Array, token: jax.Array, which: jax.Array, count: jax.Array, sums: int
 ) -> jax.Array:
-    """[G] log-sum-exp of the gathered logits of each sum; -inf where it has none. ``which`` rises."""
+    """[G] log-sum-exp of the gathered logits of each sum; -inf where it has none. ``which`` rises; the first ``count`` entries are real."""
     size = row.shape[0]
     tile = min(size, 1 << max(SLAB // hidden.shape[1], 1).bit_length() - 1)
 
-    def body(take):
-        ids = take(token)
+    def step(state):
+        index, logits = state
+        rows, ids = (lax.dynamic_slice_in_dim(x, index * tile, tile) for x in (row, token))
         matrix = unembed[jnp.maximum(ids, 0)]
         fine = (ids >= 0) & ~jnp.any(jnp.isneginf(matrix), axis=1)
         matrix = jnp.where(fine[:, None], matrix, 0)  # 0 times -inf is no number
-        logits = jnp.einsum("ed,ed->e", hidden[take(row)], matrix, preferred_element_type=jnp.float32)
-        return (jnp.where(fine, logits, -jnp.inf),)
+        new = jnp.einsum("ed,ed->e", hidden[rows], matrix, preferred_element_type=jnp.float32)
+        return index + 1, lax.dynamic_update_slice_in_dim(logits, jnp.where(fine, new, -jnp.inf), index * tile, 0)
 
-    logits = _each_tile(body, (jnp.full((size,), -jnp.inf, jnp.float32),), size, tile, count)[0]
+    state = (jnp.int32(0), jnp.full((size,), -jnp.inf, jnp.float32))
+    logits = lax.while_loop(lambda state: state[0] * tile < count, step, state)[1]
     top = jax.ops.segment_max(logits, which, sums, indices_are_sorted=True)
     shift = jnp.where(jnp.isfinite(top), top, 0)
     return shift + jnp.log(jax.ops.segment_sum(jnp.exp(logits - shift[which]), which, sums, indices_are_sorted=True))
 
 
 @functools.partial(jax.jit, static_argnames=("width", "k"))
-def _narrow(
-    mass: jax.Array, sum_unit: jax.Array, first: jax.Array, number: jax.Array, count: jax.Array, width: int, k: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(values [Q, k], units [Q, k], logsumexp [Q]) of slices whose units' masses are mass[first : first + number]; lower units first."""
-    size, width = first.shape[0], max(width, k)
-
-    def body(take):
-        lane = jnp.arange(width, dtype=jnp.int32)
-        inside = lane < take(number)[:, None]
-        places = jnp.where(inside, take(first)[:, None] + lane, 0)
-        values = jnp.where(inside, mass[places], -jnp.inf)
-        units = jnp.where(inside, jnp.asarray(sum_unit)[places], -1)
-        best, place = lax.top_k(jnp.where(units >= 0, values, -jnp.inf), k)
-        units = jnp.where(jnp.isneginf(best), -1, jnp.take_along_axis(units, place, axis=1))
-        return best, units, jax.nn.logsumexp(values, axis=1)
-
-    tile = min(size, 1 << max(4 * SLAB // width, 1).bit_length() - 1)
-    return _each_tile(body, _nothing(size, k), size, tile, count)
+def _narrow(masses: jax.Array, sum_unit: jax.Array, first: jax.Array, count: jax.Array, width: int, k: int) -> _Found:
+    """The best units of slices whose units' masses are masses[first : first + count]; lower units first."""
+    lane = jnp.arange(max(width, k), dtype=jnp.int32)
+    inside = lane < count[:, None]
+    places = jnp.where(inside, first[:, None] + lane, 0)
+    values, units = jnp.where(inside, masses[places], -jnp.inf), jnp.where(inside, sum_unit[places], -1)
+    best, place = lax.top_k(jnp.where(units >= 0, values, -jnp.inf), k)
+    units = jnp.where(jnp.isneginf(best), -1, jnp.take_along_axis(units, place, axis=1))
+    return _Found(best, units, jax.nn.logsumexp(values, axis=1))
 
 
 @functools.partial(jax.jit, static_argnames=("rows",))
@@ -252,7 +230,8 @@ def _assemble(values: jax.Array, units: jax.Array, pool: jax.Array, terms: tuple
     some = ~jnp.isneginf(last)
     values = jnp.concatenate([values, last[:, None]], axis=1)
     units = jnp.concatenate([units, jnp.where(extra & some, unit, -1)[:, None]], axis=1)
-    empty = Targets(*_nothing(rows, values.shape[1])[:2], jnp.full((rows,), -1, jnp.int32), jnp.zeros((rows,), jnp.float32))
+    nothing = _Found.empty(rows, values.shape[1])
+    empty = Targets(nothing.values, nothing.units, jnp.full((rows,), -1, jnp.int32), jnp.zeros((rows,), jnp.float32))
     made = Targets(values, units, jnp.where(some, alone, -1), score)
     return jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), empty, made)
 
