@@ -118,15 +118,13 @@ def aligned_targets(
     """
     _check(hidden, unembed, tables, positions, k, rows)
     hidden, unembed = lax.stop_gradient((hidden, unembed))
-    at, search = positions, functools.partial(_search, k=k, implementation=implementation)
+    at, search = positions, functools.partial(_searched, hidden, unembed, k=k, implementation=implementation)
     masses = _sums(hidden, unembed, at.entry_row, at.entry_id, at.entry_sum, at.counts["entries"], at.sum_unit.size)
-    whole = arrange(unembed, tables.layout) if at.sync.size else None
-    sync = [search(hidden, whole, row, None) for (row,) in _tiles(at.sync)]
+    sync = search(tables.layout, [(row, None) for (row,) in _tiles(at.sync)])
     chain = [_totals(hidden, unembed, tables.valid, row) for (row,) in _tiles(at.chain)]
     sliced = [_narrow(masses, at.sum_unit, *part, at.width, k) for part in _tiles(at.narrow_first, at.narrow_count)]
-    rest = arrange(unembed, tables.wide) if at.wide_row.size else None
-    sliced += [search(hidden, rest, row, between) for row, *between in _tiles(at.wide_row, at.wide_low, at.wide_high)]
-    pool = [masses, *(found.total for found in sync), *chain, *(found.total for found in sliced)]
+    sliced += search(tables.wide, [(row, tuple(slice_)) for row, *slice_ in _tiles(at.wide_row, at.wide_low, at.wide_high)])
+    pool = [masses, *(part.total for part in sync), *chain, *(part.total for part in sliced)]
     found = [*sync, *sliced] or [_Found.empty(1, k)]
     values, units = _joined([part.values for part in found], -jnp.inf), _joined([part.units for part in found], -1)
     terms = (at.term_over, at.term_under, at.term_position)
@@ -162,6 +160,14 @@ def _joined(parts: list[jax.Array], fill: float) -> jax.Array:
 def _tiles(*arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
     """TILE rows at a time, so that no program depends on how many there are; the arrays are that long, or a multiple."""
     return [tuple(x[start : start + TILE] for x in arrays) for start in range(0, arrays[0].size, TILE)]
+
+
+def _searched(hidden, unembed, planned: Layout | None, parts: list, *, k: int, implementation: Implementation) -> list[_Found]:
+    """The search of every (rows, slices) in the output matrix, laid out for this call alone: it would double what a teacher holds."""
+    if not parts:
+        return []
+    arranged = arrange(unembed, planned)
+    return [_search(hidden, arranged, row, between, k, implementation) for row, between in parts]
 
 
 @functools.partial(jax.jit, static_argnames=("k", "implementation"))
