@@ -6,6 +6,10 @@ blocked or by the kernel, over the permuted matrix of ``layout``.
 
 from .aligned import Aligned, aligned_topk, aligned_topk_logits
 from .layout import Arranged, Layout, arrange
+from .members import Members, gather_units
 from .ops import gather_logits, logsumexp, topk
 
-__all__ = ["Aligned", "Arranged", "Layout", "aligned_topk", "aligned_topk_logits", "arrange", "gather_logits", "logsumexp", "topk"]
+__all__ = [
+    "Aligned", "Arranged", "Layout", "Members", "aligned_topk", "aligned_topk_logits", "arrange", "gather_logits", "gather_units",
+    "logsumexp", "topk",
+]  # fmt: skip
