@@ -6,10 +6,11 @@ blocked or by the kernel, over the permuted matrix of ``layout``; ``targets`` do
 
 from .aligned import Aligned, aligned_topk, aligned_topk_logits
 from .layout import Arranged, Layout, arrange
+from .members import Members, gather_units
 from .ops import gather_logits, logsumexp, topk
 from .targets import Positions, Tables, Targets, aligned_targets
 
 __all__ = [
-    "Aligned", "Arranged", "Layout", "Positions", "Tables", "Targets", "aligned_targets", "aligned_topk", "aligned_topk_logits", "arrange",
-    "gather_logits", "logsumexp", "topk",
+    "Aligned", "Arranged", "Layout", "Members", "Positions", "Tables", "Targets", "aligned_targets", "aligned_topk",
+    "aligned_topk_logits", "arrange", "gather_logits", "gather_units", "logsumexp", "topk",
 ]  # fmt: skip
