@@ -210,7 +210,7 @@ def _sums(
 @functools.partial(jax.jit, static_argnames=("width", "k"))
 def _narrow(masses: jax.Array, sum_unit: jax.Array, first: jax.Array, count: jax.Array, width: int, k: int) -> _Found:
     """The best units of slices whose units' masses are masses[first : first + count]; lower units first."""
-    lane = jnp.arange(max(width, k), dtype=jnp.int32)
+    lane = jnp.arange(max(width, k), dtype=jnp.int32)[None, :]
     inside = lane < count[:, None]
     places = jnp.where(inside, first[:, None] + lane, 0)
     values, units = jnp.where(inside, masses[places], -jnp.inf), jnp.where(inside, sum_unit[places], -1)
