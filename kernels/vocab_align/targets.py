@@ -150,7 +150,7 @@ def _check(hidden, unembed, tables, positions, k, rows) -> None:
                              f"and there are {size}")  # fmt: skip
 
 
-def _joined(parts: list[jax.Array], fill: float) -> jax.Array:
+def _joined(parts: list[jax.Array], fill: float | int) -> jax.Array:
     """One after the other, filled up to a power of two, so that ``_assemble`` is compiled for few sizes."""
     total = sum(part.shape[0] for part in parts)
     rest = (1 << (total - 1).bit_length()) - total
