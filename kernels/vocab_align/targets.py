@@ -150,7 +150,7 @@ def _check(hidden, unembed, tables, positions, k, rows) -> None:
                              f"and there are {size}")  # fmt: skip
 
 
-def _joined(parts: list[jax.Array], fill: float) -> jax.Array:
+def _joined(parts: list[jax.Array], fill: float | int) -> jax.Array:
     """One after the other, filled up to a power of two, so that ``_assemble`` is compiled for few sizes."""
     total = sum(part.shape[0] for part in parts)
     rest = (1 << (total - 1).bit_length()) - total
@@ -210,7 +210,7 @@ def _sums(
 @functools.partial(jax.jit, static_argnames=("width", "k"))
 def _narrow(masses: jax.Array, sum_unit: jax.Array, first: jax.Array, count: jax.Array, width: int, k: int) -> _Found:
     """The best units of slices whose units' masses are masses[first : first + count]; lower units first."""
-    lane = jnp.arange(max(width, k), dtype=jnp.int32)
+    lane = jnp.arange(max(width, k), dtype=jnp.int32)[None, :]
     inside = lane < count[:, None]
     places = jnp.where(inside, first[:, None] + lane, 0)
     values, units = jnp.where(inside, masses[places], -jnp.inf), jnp.where(inside, sum_unit[places], -1)
