@@ -1,7 +1,7 @@
 """Positions of a whole batch for the accelerator: which rows of the teacher's output matrix to read where, as padded integers.
 
-How large are slices? Tokens of the teacher that start with the pending bytes of a straddled position, on real text (docs, math,
-trajectories of agents; ``tests/align/test_positions.py`` counts them again):
+How large are slices? Tokens of the teacher that start with the pending bytes of a straddled position, on 40,000 to 78,000 tokens each of
+docs, mathematics and agents' trajectories:
 
     Qwen3 student, Mistral teacher:  0.2 to 2.3 % of positions straddle; median 37 to 165 tokens, 99 % below 1,030 (trajectories 15,763)
     Mistral student, Qwen3 teacher:  5 to 16 %; median 121 to 460, 90 % 1,868 to 6,100, most 53,021 (a space)

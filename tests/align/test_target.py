@@ -306,6 +306,12 @@ def test_infinite_logits(digits):
     assert got.score[1] == -np.inf and got.score[2] == -np.inf and np.isfinite(got.q).all()
     np.testing.assert_allclose(got.q.sum(axis=1) + got.residual, 1)
     assert got.residual[2] == 1
+    for mode in ("two_sided", "one_sided"):  # a chain that is ruled out moves nothing, and what was written stands in its unit
+        made = vocab_map.build(*digits, mode)
+        got = target.target(target.log_softmax(logits, made.teacher_valid), [2], [0, 1], spans.align([2], [0, 1], made), made)
+        assert (
+            got.score[0] == -np.inf and got.alone.tolist() == [-1] and got.q[0, 2] == 0 and got.q.sum() + got.residual == pytest.approx(1)
+        )
 
 
 def test_the_host_side_needs_no_jax():
