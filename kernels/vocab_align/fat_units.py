@@ -15,8 +15,8 @@ from . import blocks, planes
 from .layout import MOST
 
 
-def lanes(rows: np.ndarray, fan_in: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ends, fat_rows, parts) of the rows of all fat units, one unit after the other."""
+def lanes(rows: np.ndarray, fan_in: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fat_rows, fat_lanes) of the rows of all fat units, one unit after the other."""
     width, wide = block // MOST, -(-fan_in // MOST)
     ends = np.cumsum(wide)
     count = -(-int(wide.sum()) // width)
@@ -24,10 +24,9 @@ def lanes(rows: np.ndarray, fan_in: np.ndarray, block: int) -> tuple[np.ndarray,
     lane = np.repeat(ends - wide, fan_in) + nth % np.repeat(wide, fan_in)
     fat_rows = np.full(count * block, -1, np.int32)
     fat_rows[lane // width * block + nth // np.repeat(wide, fan_in) * width + lane % width] = rows
-    parts = np.full(count * width, 2 * fan_in.size, np.int32)
-    parts[: wide.sum()] = 2 * np.repeat(np.arange(fan_in.size), wide)
-    parts[ends - 1] += 1
-    return ends.astype(np.int32), fat_rows.reshape(count, block), parts.reshape(count, width)
+    fat_lanes = np.full(count * width, fan_in.size, np.int32)
+    fat_lanes[: wide.sum()] = np.repeat(np.arange(fan_in.size), wide)
+    return fat_rows.reshape(count, block), fat_lanes.reshape(count, width)
 
 
 def _block(index, hidden, unembed, members, alone):
@@ -39,47 +38,56 @@ def _block(index, hidden, unembed, members, alone):
 
 
 def _wanted(units, members):
-    """(number of each place's fat unit [N, K] or -1, its last lane, bool [blocks]: some token wants a unit of that block)."""
+    """(number of each place's fat unit [N, K], -1 where it is thin; bool [blocks]: some token wants a unit of that block)."""
     number = jnp.where(units >= 0, members.fat[jnp.maximum(units, 0)], -1)
-    lane = members.ends[jnp.maximum(number, 0)] - 1
-    asked = jnp.zeros(members.ends.shape, bool).at[jnp.where(number < 0, members.ends.size, number)].set(True, mode="drop")
-    return number, lane, jnp.any(asked.at[members.parts >> 1].get(mode="fill", fill_value=False), axis=1)
+    lanes = members.fat_lanes  # there are never more units than lanes
+    asked = jnp.zeros(lanes.size, bool).at[jnp.where(number < 0, lanes.size, number)].set(True, mode="drop")
+    return number, jnp.any(asked[lanes], axis=1)
+
+
+def _within(number, lanes):
+    """Place of each unit [N, K] among those of a block, whose lanes have the numbers [B / 16]; never below 0, and at least B / 16 for
+    one that comes after all of a block or is in none: a block has no more units than lanes."""
+    return jnp.where((number >= 0) & (number >= lanes[0]), number - lanes[0], lanes.size)
 
 
 def fill(values, hidden, unembed, units, members, alone):
     """``values`` with the places of fat units filled in."""
-    number, lane, wanted = _wanted(units, members)
-    count, width = members.parts.shape
+    number, wanted = _wanted(units, members)
+    numbers, (count, width) = members.fat_lanes, members.fat_lanes.shape
 
-    def body(carry, index):
-        def step(values, open_unit):
-            logits = _block(index, hidden, unembed, members, alone)[2]
-            mass = planes.join(jnp.split(logits, MOST, axis=1))
-            parts = jnp.broadcast_to(members.parts[index][None, :], mass.shape)
-            mass, open_unit = planes.scan_lanes(mass, parts, open_unit, lambda x, n: jnp.roll(x, n, axis=1))
-            at = lane - index * width
-            found = jnp.take_along_axis(mass, jnp.clip(at, 0, width - 1), axis=1)
-            return jnp.where((number >= 0) & (at >= 0) & (at < width), found, values), open_unit
+    def body(running, index):
+        def step(maximum, total):
+            logits = _block(index, hidden, unembed, members, alone)[2].reshape(-1, MOST, width)
+            segments = numbers[index] - numbers[index, 0]
+            # Over the lanes of each unit: its own maximum, so that none is lost next to another of far larger mass.
+            over = {"segment_ids": segments, "num_segments": width, "indices_are_sorted": True}
+            most = jnp.maximum(jax.ops.segment_max(jnp.max(logits, axis=1).T, **over), -planes.LARGEST).T
+            terms = jnp.sum(jnp.exp(logits - most[:, segments][:, None]), axis=1)
+            sums = jax.ops.segment_sum(terms.T, **over).T
+            at = _within(number, numbers[index])
+            most, sums = (jnp.take_along_axis(x, jnp.minimum(at, width - 1), axis=1) for x in (most, sums))
+            new = jnp.where(at < width, jnp.maximum(maximum, most), maximum)
+            more = jnp.where(at < width, sums * jnp.exp(most - new), 0)
+            return new, total * jnp.exp(maximum - new) + more
 
-        return lax.cond(wanted[index], step, lambda values, open_unit: (values, open_unit), *carry), None
+        return lax.cond(wanted[index], step, lambda *running: running, *running), None
 
-    nothing = jnp.full((hidden.shape[0], width), -jnp.inf, jnp.float32)
-    return lax.scan(body, (values, nothing), jnp.arange(count, dtype=jnp.int32))[0][0]
+    start = jnp.full(values.shape, -planes.LARGEST), jnp.zeros(values.shape, jnp.float32)
+    running = lax.scan(body, start, jnp.arange(count, dtype=jnp.int32))[0]
+    return jnp.where(number >= 0, blocks.finish_logsumexp(running), values)
 
 
 def add_gradients(gradients, hidden, unembed, units, members, alone, values, cotangent):
     """Both gradients with the part of the fat units."""
-    number, _, wanted = _wanted(units, members)
-    count, width = members.parts.shape
-    numbers = members.parts >> 1
+    number, wanted = _wanted(units, members)
+    numbers, (count, width) = members.fat_lanes, members.fat_lanes.shape
 
     def body(gradients, index):
         def step():
             _, matrix, logits = _block(index, hidden, unembed, members, alone)
-            # A block has at most as many units as lanes: the places' cotangents go to those, and from there to the lanes.
-            at = number - numbers[index, 0]
-            at = jnp.where((number >= 0) & (at >= 0) & (at < width), at, width)
-            mine = numbers[index] - numbers[index, 0]
+            # The places' cotangents go to the units of the block, and from there to the lanes.
+            at, mine = _within(number, numbers[index]), numbers[index] - numbers[index, 0]
             empty = jnp.zeros(width, jnp.float32)
             grad = jax.vmap(lambda at, x: empty.at[at].add(x, mode="drop"))(at, cotangent)[:, mine]
             value = jax.vmap(lambda at, x: (empty + planes.LARGEST).at[at].set(x, mode="drop"))(at, values)[:, mine]

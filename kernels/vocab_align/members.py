@@ -30,17 +30,15 @@ class Members(NamedTuple):
     """Which rows each unit sums over; int32 arrays, a pytree. Made by ``members``; U = number of folds * V.
 
     starts [U + 1], rows [.]: a thin unit u has rows[starts[u]:starts[u + 1]]; a fat one has none there.
-    fat [U]: its number among the fat ones, -1 where thin. ends [F]: one past its last lane, lanes counted through all blocks.
-    fat_rows [blocks, B]: the row at plane * (B / 16) + lane, -1: none. parts [blocks, B / 16]: 2 * (number of the lane's fat unit)
-    + (1 in its last lane). A unit's lanes are neighbours, over the end of a block into the next one if need be.
+    fat [U]: its number among the fat ones, -1 where thin. fat_rows [blocks, B]: the row at plane * (B / 16) + lane, -1: none.
+    fat_lanes [blocks, B / 16]: the number of the fat unit that has the lane; past the last unit, how many there are.
     """
 
     starts: jax.Array | np.ndarray
     rows: jax.Array | np.ndarray
     fat: jax.Array | np.ndarray
-    ends: jax.Array | np.ndarray
     fat_rows: jax.Array | np.ndarray
-    parts: jax.Array | np.ndarray
+    fat_lanes: jax.Array | np.ndarray
 
 
 def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048) -> Members:

@@ -121,13 +121,30 @@ def test_every_fat_unit_and_each_of_its_rows_left_out():
 
 
 def test_large_logits_lose_nothing():
-    # 300 and -300 next to each other: exp of either is no float32.
+    # 300 and -300 next to each other: exp of either is no float32, and no unit's mass can be told from 0 next to another's.
     hidden = jnp.asarray([[300.0], [-300.0]])
     unembed = jnp.asarray(np.linspace(-1, 1, V), jnp.float32)[:, None]
-    units = np.array([[FOLDS[0].max(), np.bincount(FOLDS[0][FOLDS[0] >= 0]).argmax()]] * 2, np.int32)
-    for thin in (16, 400):
-        found = ours(hidden, unembed, units, members(FOLDS[:1], thin, 64), None, jnp.ones((2, 2)), 1 << 20)
-        close(found, reference(hidden, unembed, units, None, np.ones((2, 2)), FOLDS[:1]))
+    low_and_high = np.where(np.arange(V) < 100, 0, np.where(np.arange(V) < 300, np.arange(V), 399))
+    units = np.array([[0, -1, 150], [0, 399, 150]], np.int32)
+    expected = reference(hidden, unembed, units, None, np.ones((2, 3)), [low_and_high])
+    for thin, block in ((16, 2048), (16, 16), (400, 2048)):  # both in one block, in several, gathered
+        close(ours(hidden, unembed, units, members([low_and_high], thin, block), None, jnp.ones((2, 3)), 1 << 20), expected)
+
+
+def test_what_is_no_unit_is_nothing():
+    # Empty places, a unit without rows and one beyond the last: -inf, and whatever comes back for them moves nothing.
+    hidden, unembed, *_ = batch(FOLDS)
+    hidden, unembed = singles(hidden, unembed)
+    nobody = np.flatnonzero(np.bincount(FOLDS[0][FOLDS[0] >= 0], minlength=V) == 0)[0]
+    units = jnp.broadcast_to(jnp.array([-1, nobody, V, -7], jnp.int32), (N, 4))
+
+    @jax.jit
+    def run(made):
+        values, pull = jax.vjp(lambda h, w: gather_units(h, w, units, made), hidden, unembed)
+        return values, pull(jnp.full((N, 4), jnp.nan))
+
+    values, grads = run(members(FOLDS[:1], 16, 64))
+    assert np.isneginf(values).all() and not any(np.asarray(g).any() for g in grads)
 
 
 def test_an_identity_is_gather_logits_bitwise():
@@ -193,9 +210,8 @@ def test_members_by_hand():
     np.testing.assert_array_equal(made.starts, [0, 0, 0, 0, 1, 1, 1, 3, 5, 5, 5])  # unit 0 of the first has 3 rows: fat
     np.testing.assert_array_equal(made.rows, [3, 1, 4, 0, 2])
     np.testing.assert_array_equal(made.fat, [0] + [-1] * 9)
-    np.testing.assert_array_equal(made.ends, [1])
     np.testing.assert_array_equal(made.fat_rows, [[0, 1, 4] + [-1] * 13])
-    np.testing.assert_array_equal(made.parts, [[1]])
+    np.testing.assert_array_equal(made.fat_lanes, [[0]])
 
 
 def test_wrong_arguments_are_refused():
