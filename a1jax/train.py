@@ -123,6 +123,7 @@ def fit(
                     out = {k: float(v) for k, v in out.items() if k not in arrays}
                     if not np.isfinite(out["loss"]):
                         raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate")
+                    out = {k: v for k, v in out.items() if not np.isnan(v)}  # not measured at this step
                     seconds = time.perf_counter() - clock
                     rate = tokens / seconds if at > done else 0.0  # the first step only compiles
                     clock, tokens = time.perf_counter(), 0

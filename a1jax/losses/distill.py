@@ -61,6 +61,8 @@ def sva(
     block: int = 4096,
     slab: int = SLAB,
     valid: Valid = None,
+    members=None,
+    alone=None,
 ) -> tuple[jax.Array, Metrics]:
     """sum over n of weights[n] * divergence[n], and metrics; gradient to the student's two arrays only.
 
@@ -81,7 +83,11 @@ def sva(
     teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
     present = jnp.logical_not(jnp.isneginf(teacher_logits))
     teacher = jnp.where(present, teacher_logits, ABSENT)
-    student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0), slab)
+    if members is None:
+        student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0), slab)
+    else:
+        student = vocab_align.gather_units(student_hidden, student_unembed, support, members, alone, slab)
+        present = present & jnp.logical_not(jnp.isneginf(student))
     student = jnp.where(present, student, ABSENT)
     on_support = jax.nn.logsumexp(student, axis=1)
     if mode == "tail" or coverage:

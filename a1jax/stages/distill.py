@@ -1,8 +1,9 @@
 """Stage 3: multi-teacher domain-routed on-policy distillation with salient vocabulary alignment (arXiv 2606.30616, 2.3 and 4.3).
 
 At every step a frozen copy of the student (its parameters at that step) rolls out fresh tasks of every domain; only the teacher of
-a run's domain scores it, on the student's own tokens; the student learns by renormalised reverse KL on the teacher's k best ids,
-averaged within runs, then within domains, then over domains. TRUNCATED runs are kept, ABORTED ones retried, then left out.
+a run's domain scores it, on the student's own tokens (``scoring``: also a teacher of another tokenizer or architecture); the student
+learns by renormalised reverse KL on the teacher's k best ids, averaged within runs, then within domains, then over domains. TRUNCATED
+runs are kept, ABORTED ones retried, then left out.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from ..config import Binding, ConfigError, bind
 from ..data import packing
 from ..losses import distill as distill_loss
 from ..losses import masked
+from ..losses.divergence import Divergence
+from ..losses.sampled import sampled
 from ..models import moe, transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
-from ..sharding import flatten_tokens, unflatten_tokens
-from ..types import ABORTED, Batch, Metrics, Params, Rollout, TrainState
-from . import experts
+from ..sharding import flatten_tokens
+from ..types import ABORTED, Metrics, Params, Rollout, TrainState
+from . import experts, scoring
+from .scoring import Placed, Teacher
 from .setting import Setting, train_stage
 from .sft import router_metrics
 
@@ -44,9 +48,13 @@ class DistillConfig:
     rows: int = 12  # packed rows per domain and step; runs that find no room are left out and counted
     max_length: int = 512  # tokens per packed row, at least limits.max_length
     k: int = 16  # ids on which student and teacher are compared
-    mode: Literal["salient", "tail"] = "salient"  # renormalised on S (the paper), or with one more class for the rest of the vocabulary
+    mode: Literal["salient", "tail", "sampled"] = (
+        "salient"  # renormalised on S (the paper); with one more class for the rest; written token only
+    )
+    divergence: Divergence = "reverse"  # the paper's; forward and jensen_shannon in every mode
     reduction: Literal["domain_mean", "sample_mean", "token_mean"] = "domain_mean"  # domain_mean is the paper's
-    coverage: bool = True  # also measure how much of the student's mass S holds; costs one log-sum-exp over the vocabulary
+    coverage_every: int = 1  # steps between measurements of the student's mass on S: one log-sum-exp over the vocabulary; 0: never
+    teacher_max_length: int = 0  # tokens of a run in a teacher's other tokenizer, the rest is masked and counted; 0: max_length
     optimizer: Binding = bind(optim.adamw, learning_rate=1e-3, final=1.0, weight_decay=0.0)  # a function of (specs, steps)
     limits: Limits = Limits()  # budgets of the rollouts
     replay_routes: bool = False  # train through the experts taken while sampling (arXiv 2510.11370); needs limits.record_routes
@@ -60,6 +68,9 @@ class DistillConfig:
         for name in ("steps", "prompts", "rows", "max_length", "k", "microbatches", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"DistillConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("coverage_every", "teacher_max_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"DistillConfig.{name} is {getattr(self, name)}; it must not be negative")
         if self.max_length < self.limits.max_length:
             raise ConfigError(
                 f"DistillConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long"
@@ -73,46 +84,50 @@ def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, A
     return {**data, "weights": masked.token_weights(batch.mask, batch.segment_ids, batch.domains, num_domains, reduction)}
 
 
-def loss(params: Params, data: dict[str, Any], share: float, model: ModelConfig, cfg: DistillConfig) -> tuple[jax.Array, Metrics]:
-    """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated. Routes in the batch are replayed."""
+def loss(
+    params: Params, data: dict[str, Any], share: float, model: ModelConfig, cfg: DistillConfig, members: Any = None
+) -> tuple[jax.Array, Metrics]:
+    """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated. Routes in the batch are replayed.
+
+    members: which ids each class of the targets sums over (``scoring.make_scorers``); None: every id is a class."""
     batch, flat = data["batch"], flatten_tokens
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model, batch.routes)
-    value, out = distill_loss.sva(
-        flat(hidden),
-        transformer.unembed(params, model),
-        flat(data["teacher_logits"]),
-        flat(data["support"]),
-        flat(data["weights"]),
-        mode=cfg.mode,
-        teacher_logsumexp=flat(data["teacher_logsumexp"]),
-        coverage=cfg.coverage,
-        block=cfg.vocab_block,
-    )
-    tokens = out["distill/tokens"]
-    sums = {name: x if name == "distill/tokens" else x * tokens for name, x in out.items()}
-    return value + share * aux["loss"], {"sva": value, **sums, **router_metrics(aux, share)}
+    hidden, unembed, weights = flat(hidden), transformer.unembed(params, model), flat(data["weights"])
+    if cfg.mode == "sampled":
+        arrays = (hidden, unembed, flat(batch.targets), flat(data["score"]), weights)
+        value, out = sampled(*arrays, divergence=cfg.divergence, block=cfg.vocab_block)
+    else:
+        value, out = distill_loss.sva(
+            hidden,
+            unembed,
+            flat(data["teacher_logits"]),
+            flat(data["support"]),
+            weights,
+            mode=cfg.mode,
+            divergence=cfg.divergence,
+            teacher_logsumexp=flat(data["teacher_logsumexp"]),
+            coverage=data["measured"][0] if cfg.coverage_every > 1 else cfg.coverage_every == 1,
+            block=cfg.vocab_block,
+            members=members,
+            alone=flat(data["alone"]) if "alone" in data else None,
+        )
+    count = out["distill/tokens"]
+    counts = {name: x for name, x in out.items() if name.endswith("tokens")}
+    sums = {name: x * counts.get(f"{name}_tokens", count) for name, x in out.items() if name not in counts}
+    return value + share * aux["loss"], {"sva": value, **counts, **sums, **router_metrics(aux, share)}
 
 
 def finish(sums: Metrics) -> Metrics:
-    """Sums over micro-batches to means over the tokens the loss looked at."""
-    some = jnp.maximum(sums["distill/tokens"], 1.0)
-    return {n: x / some if n.startswith("distill/") and n != "distill/tokens" else x for n, x in sums.items()}
+    """Sums over micro-batches to means over the tokens the loss looked at; NaN for what was not measured."""
+    out, some = dict(sums), jnp.maximum(sums["distill/tokens"], 1.0)
+    for name in sums:
+        if name.startswith("distill/") and not name.endswith("tokens"):
+            out[name] = sums[name] / (sums[f"{name}_tokens"] if f"{name}_tokens" in sums else some)
+    return {name: x for name, x in out.items() if not name.endswith("_tokens")}
 
 
-def score(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int) -> dict[str, jax.Array]:
-    """A teacher's k best ids at every position: {"support" int32, "teacher_logits" [B, T, k], "teacher_logsumexp" [B, T]}.
-
-    It chooses its own experts: the routes in the batch are the student's.
-    """
-    hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
-    found = distill_loss.teacher_targets(flatten_tokens(hidden), transformer.unembed(teacher, model), k, block)
-    b, t = batch.tokens.shape
-    names = {"support": found.support, "teacher_logits": found.logits, "teacher_logsumexp": found.logsumexp}
-    return {name: unflatten_tokens(x, b, t) for name, x in names.items()}
-
-
-def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> tuple[Batch, int]:
-    """The runs of one domain as [rows, max_length] (padding rows where there are fewer) and how many runs found no room.
+def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> Placed:
+    """The runs of one domain as [rows, max_length], padding rows where there are fewer; runs that find no room are counted.
 
     replay: the model whose recorded routes are laid out too. Raises ConfigError where they do not fit it.
     """
@@ -125,17 +140,22 @@ def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int,
                 raise ConfigError(f"run {r.task_id} has no recorded routes to replay: sample with limits.record_routes = True")
             moe.check_routes(r.routes, replay)
     examples = [packing.Example(tokens=r.tokens, mask=r.sampled, domain=index, routes=r.routes) for r in runs]
-    packed, _ = packing.pack(examples, max_length, policy="drop")
-    left_out = sum(len(row) for row in packed[rows:])
-    return packing.to_batch([*packed[:rows], *[()] * (rows - len(packed))], max_length, routes=shape), left_out
+    plan = packing.plan([len(e) for e in examples], max_length, policy="drop")[0]
+    placed, kept = plan[:rows], []
+    for number, row in enumerate(placed):
+        starts = np.cumsum([0, *(stop - start for start, stop in ((s, e) for _, s, e in row))])
+        kept += [(runs[i], number, int(at)) for (i, _, _), at in zip(row, starts, strict=False)]
+    packed = [tuple(examples[i] for i, _, _ in row) for row in placed]
+    batch = packing.to_batch([*packed, *[()] * (rows - len(packed))], max_length, routes=shape)
+    columns = zip(*kept, strict=True) if kept else ((), (), ())
+    return Placed(batch, *columns, sum(len(row) for row in plan[rows:]))
 
 
 class OnPolicy:
     """A train.Source that samples its batches from the student it trains. Stateless: step and seed say everything."""
 
-    def __init__(self, cfg: DistillConfig, setting: Setting, engine: Engine, teachers: dict[str, Params]):
-        self.cfg, self.setting, self.engine, self.teachers = cfg, setting, engine, teachers
-        self.score = jax.jit(functools.partial(score, model=setting.model, k=cfg.k, block=cfg.vocab_block))
+    def __init__(self, cfg: DistillConfig, setting: Setting, engine: Engine, scorers: dict[str, scoring.Scorer]):
+        self.cfg, self.setting, self.engine, self.scorers = cfg, setting, engine, scorers
 
     def next(self, state: TrainState) -> tuple[dict[str, Any], Metrics]:
         cfg, setting, at = self.cfg, self.setting, int(state.step)
@@ -143,17 +163,23 @@ class OnPolicy:
         tasks = [t for d in setting.domains for t in experts.prompts(d, cfg.lengths, cfg.prompts, at, setting.seed)]
         rollouts, counts = self.engine.run(state.params, tasks, seed=setting.seed * 1_000_003 + at)
         sampled = time.perf_counter()
-        pieces, left_out, replay = [], 0, setting.model if cfg.replay_routes else None
+        pieces, left_out, shares, replay = [], 0, {}, setting.model if cfg.replay_routes else None
         for index, domain in enumerate(setting.domains):
-            batch, lost = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length, replay)
-            batch, left_out = setting.put(batch), left_out + lost
-            pieces.append({"batch": batch, **self.score(self.teachers[domain], batch)})
+            placed = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length, replay)
+            batch, scores, found = self.scorers[domain].score(placed, setting.put(placed.batch))
+            left_out += placed.left_out
+            shares |= {f"{name}/{domain}": value for name, value in found.items()}
+            pieces.append({"batch": batch, **scores})
         data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        if cfg.coverage_every > 1:
+            data["measured"] = jnp.full(data["batch"].tokens.shape[0], at % cfg.coverage_every == 0)
         out = {
             "tokens": int(sum((p["batch"].segment_ids > 0).sum() for p in pieces)),
             "rollout/left_out": left_out,
             "rollout/seconds": sampled - began,
             "score/seconds": time.perf_counter() - sampled,
+            **shares,
+            **over_domains(shares),
             **rollout_metrics(rollouts),
         }
         return data, {**out, **{f"rollout/{k}": v for k, v in counts.items()}}
@@ -165,6 +191,16 @@ class OnPolicy:
         del state  # nothing to set: the step in TrainState is the position
 
 
+def over_domains(shares: Metrics) -> Metrics:
+    """The shares of all aligned positions, from those of each domain: "align/masked" from "align/masked/search", ..."""
+    counts = {name.rpartition("/")[2]: value for name, value in shares.items() if name.startswith("align/positions/")}
+    total = sum(counts.values())
+    out = {"align/positions": total} if counts else {}
+    for name in {n.rpartition("/")[0] for n in shares} - {"align/positions"}:
+        out[name] = sum(shares[f"{name}/{d}"] * n for d, n in counts.items()) / max(total, 1.0)
+    return out
+
+
 def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
     """Success per domain, statuses as shares, mean length."""
     out = {f"rollout/{status.lower()}": n / len(rollouts) for status, n in Counter(r.status for r in rollouts).items()}
@@ -173,18 +209,34 @@ def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
     return {**out, "rollout/mean_tokens": float(np.mean([len(r.tokens) for r in rollouts]))}
 
 
-def run(cfg: DistillConfig, params: Params, teachers: dict[str, Params], setting: Setting, stage: str = "distill") -> Params:
-    """Distil the teachers (domain -> parameters, same architecture and tokenizer) into the student ``params``. Resumable at every step."""
+def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], setting: Setting, stage: str = "distill") -> Params:
+    """Distil the teachers (domain -> Teacher) into the student ``params``. Resumable at every step.
+
+    Raises ConfigError for a domain without a teacher, and for teachers of other tokenizers under a mesh."""
     missing = [d for d in setting.domains if d not in teachers]
     if missing:
         raise ConfigError(f"distill: no teacher for domain {missing[0]}; teachers are {', '.join(sorted(teachers))}")
+    strangers = [d for d in setting.domains if teachers[d].vocab_map is not None]
+    if strangers and setting.mesh is not None:
+        raise ConfigError(
+            f"distill: the teacher of {strangers[0]} has another tokenizer, which needs one device so far: set mesh.shape={{}}"
+        )
+    scorers, members = scoring.make_scorers(
+        {d: teachers[d] for d in setting.domains},
+        setting.tokenizer,
+        cfg.k,
+        cfg.vocab_block,
+        cfg.mode == "sampled",
+        cfg.limits.show_tools,
+        cfg.teacher_max_length or cfg.max_length,
+    )
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
-        loss_fn = functools.partial(loss, model=setting.model, cfg=cfg)
+        loss_fn = functools.partial(loss, model=setting.model, cfg=cfg, members=members)
         weigh_fn = functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction)
         return jax.jit(train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish), donate_argnums=(0,))
 
     def make_source() -> OnPolicy:
-        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), teachers)
+        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), scorers)
 
     return train_stage(setting, cfg, params, stage, make_step, make_source)

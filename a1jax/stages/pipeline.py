@@ -18,7 +18,8 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
-from . import distill, evaluate, experts, folders, sft, teacher
+from . import distill, evaluate, experts, folders, scoring, sft, teacher
+from .scoring import Teacher
 from .setting import MeshConfig, Setting, make_mesh
 
 
@@ -48,6 +49,9 @@ class Experiment:
     tokenizer: TokenizerConfig = TokenizerConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0  # of parameters, data order and rollouts
+    checkpoints: dict[str, scoring.Checkpoint] = dataclasses.field(
+        default_factory=dict
+    )  # domain -> a teacher that exists; stage 2 skips it
     initial: str = ""  # a parameters folder (of `a1jax import`, of a stage) that the base model is; empty: random parameters
 
     def __post_init__(self):
@@ -55,8 +59,11 @@ class Experiment:
             if name not in DOMAINS:
                 raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(DOMAINS))}")
             for field in ("runs", "teachers"):
-                if name not in getattr(self, field):
+                if name not in getattr(self, field) and not (field == "teachers" and name in self.checkpoints):
                     raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
+        for name in self.checkpoints:
+            if name not in self.domains:
+                raise ConfigError(f"checkpoints has '{name}', which is not among domains; those are {', '.join(self.domains)}")
         if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal"
@@ -68,9 +75,16 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     workdir, began = pathlib.Path(workdir), time.perf_counter()
     with metrics.Writer(workdir) as writer:
         setting = open_setting(cfg, workdir, writer)
-        models, chosen = train_all(cfg, setting)
-        scores = judge_all(cfg, setting, models)
+        given = open_checkpoints(cfg, setting)
+        models, chosen = train_all(cfg, setting, given)
+        scores = judge_all(cfg, setting, models, given)
     return collect(cfg, setting, scores, chosen, time.perf_counter() - began)
+
+
+def open_checkpoints(cfg: Experiment, setting: Setting) -> dict[str, Teacher]:
+    """Name as in the table -> teacher, for the domains that need no stage 2. Raises ConfigError where one cannot teach this student."""
+    student = (setting.model, setting.tokenizer)
+    return {teacher.stage_name(d): scoring.open_checkpoint(source, student) for d, source in cfg.checkpoints.items()}
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
@@ -100,8 +114,8 @@ def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokeniz
     )
 
 
-def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dict[str, str]]:
-    """Every model of the table by name, and which parameters taught each domain."""
+def train_all(cfg: Experiment, setting: Setting, given: dict[str, Teacher]) -> tuple[dict[str, Params], dict[str, str]]:
+    """Every model of the table that was trained here by name, and which parameters taught each domain."""
     show = cfg.limits.show_tools
     data = {d: experts.examples(d, i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
     mixed = [pair for d in cfg.domains for pair in data[d]]
@@ -109,29 +123,38 @@ def train_all(cfg: Experiment, setting: Setting) -> tuple[dict[str, Params], dic
         models = {"base": setting.init_params()}
     models["sft"] = sft.run(cfg.sft, models["base"], sft.Curriculum(cfg.sft, mixed, setting), setting)
     for i, d in enumerate(cfg.domains):
-        extra = experts.examples(d, i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
-        models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
-    chosen = admit(cfg, setting, models)
-    models["student"] = distill.run(cfg.distill, models["sft"], {d: models[chosen[d]] for d in cfg.domains}, setting)
+        if teacher.stage_name(d) not in given:
+            extra = experts.examples(d, i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
+            models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
+    chosen = admit(cfg, setting, models, given)
+    own = {name: Teacher(params, setting.model, setting.tokenizer) for name, params in models.items()}
+    teachers = {d: (own | given)[chosen[d]] for d in cfg.domains}
+    models["student"] = distill.run(cfg.distill, models["sft"], teachers, setting)
     control = control_config(cfg)
     models["sft_continued"] = sft.run(control, models["sft"], sft.Curriculum(control, mixed, setting), setting, stage="sft_continued")
     return models, chosen
 
 
-def admit(cfg: Experiment, setting: Setting, models: dict[str, Params]) -> dict[str, str]:
+def admit(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher]) -> dict[str, str]:
     """Domain -> name of the model that teaches it: its teacher where admitted, else the stage-1 model, which holds the domain."""
-    engine, out = Engine(setting.model, setting.tokenizer, cfg.limits), {}
+
+    def success(name: str, domains: list[str]) -> dict:
+        path = setting.workdir / f"admission/{name}.json"
+        return evaluate.run(cfg.admission, *_actor(cfg, setting, models, given, name), domains, f"{name} (admission)", path, "admission")
+
     with setting.on_mesh():
-        before = evaluate.run(
-            cfg.admission, models["sft"], engine, list(cfg.domains), "sft (admission)", setting.workdir / "admission/sft.json", "admission"
-        )
-        for d in cfg.domains:
-            name = teacher.stage_name(d)
-            after = evaluate.run(
-                cfg.admission, models[name], engine, [d], f"{name} (admission)", setting.workdir / f"admission/{name}.json", "admission"
-            )
-            out[d] = name if teacher.admitted(after, before, d) else "sft"
-    return out
+        before = success("sft", list(cfg.domains))
+        names = {d: teacher.stage_name(d) for d in cfg.domains}
+        return {d: name if teacher.admitted(success(name, [d]), before, d) else "sft" for d, name in names.items()}
+
+
+def _actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher], name: str) -> tuple[Params, Engine]:
+    """The parameters of that name and what lets them act. A teacher of another tokenizer acts in its own tokens."""
+    if name not in given:
+        return models[name], Engine(setting.model, setting.tokenizer, cfg.limits)
+    found = given[name]
+    length = max(cfg.limits.max_length, cfg.distill.teacher_max_length)
+    return found.params, Engine(found.model, found.tokenizer, dataclasses.replace(cfg.limits, max_length=length))
 
 
 def distill_flops_in_sft_steps(cfg: Experiment) -> float:
@@ -150,14 +173,15 @@ def control_config(cfg: Experiment) -> sft.SftConfig:
     return dataclasses.replace(cfg.sft, steps=max(1, round(distill_flops_in_sft_steps(cfg))), phases=())
 
 
-def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params]) -> dict[str, dict]:
+def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher]) -> dict[str, dict]:
     """Model name -> domain -> score on the held-out tasks, the same for every model."""
-    engine = Engine(setting.model, setting.tokenizer, cfg.limits)
+
+    def score(name: str) -> dict:
+        path = setting.workdir / f"evaluations/{name}.json"
+        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), list(cfg.domains), name, path)
+
     with setting.on_mesh():
-        return {
-            name: evaluate.run(cfg.evaluation, params, engine, list(cfg.domains), name, setting.workdir / f"evaluations/{name}.json")
-            for name, params in models.items()
-        }
+        return {name: score(name) for name in (*models, *given)}
 
 
 def collect(cfg: Experiment, setting: Setting, scores: dict[str, dict], chosen: dict[str, str], seconds: float) -> dict[str, Any]:
@@ -168,7 +192,7 @@ def collect(cfg: Experiment, setting: Setting, scores: dict[str, dict], chosen: 
         row = {column: scores[name][d]["success"] for column, name in columns.items()}
         domains[d] = {**row, "teacher": scores[teacher.stage_name(d)][d]["success"], "n": scores["student"][d]["n"], "taught_by": chosen[d]}
     total, active = transformer.parameter_counts(cfg.model)
-    stages = ["sft", *(teacher.stage_name(d) for d in cfg.domains), "distill", "sft_continued"]
+    stages = ["sft", *(teacher.stage_name(d) for d in cfg.domains if d not in cfg.checkpoints), "distill", "sft_continued"]
     return {
         "domains": domains,
         "wall_seconds": seconds,

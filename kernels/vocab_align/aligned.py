@@ -21,7 +21,7 @@ Implementation = Literal["auto", "xla", "pallas", "triton", "interpret"]
 Between = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray] | None
 
 TOGETHER = 8192  # tokens that go through the kernel at a time: its candidates are 16 KiB a token
-AGAIN = 128  # doubtful rows that are computed again at a time
+AGAIN = 16  # doubtful rows that are computed again at a time: mostly there are one or two, and each costs a sort per block
 
 
 class Aligned(NamedTuple):

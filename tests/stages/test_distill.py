@@ -13,7 +13,7 @@ from a1jax.config import ConfigError, bind
 from a1jax.data import packing
 from a1jax.models import transformer
 from a1jax.rollout.agent import Engine, Limits
-from a1jax.stages import distill
+from a1jax.stages import distill, scoring
 from a1jax.stages.distill import DistillConfig
 from a1jax.types import ABORTED, FAILED, TRUNCATED, Rollout
 
@@ -40,23 +40,47 @@ def models(setting):
     return student, dict(zip(setting.domains, noisy, strict=True))
 
 
+def taught(setting, teachers):
+    """The teachers as ``distill.run`` takes them, of the setting's own model and tokenizer."""
+    return {d: scoring.Teacher(p, setting.model, setting.tokenizer) for d, p in teachers.items()}
+
+
+def on_policy(cfg, setting, teachers):
+    """The source of ``distill.run``."""
+    engine = Engine(setting.model, setting.tokenizer, cfg.limits)
+    made = scoring.make_scorers(
+        taught(setting, teachers), setting.tokenizer, cfg.k, cfg.vocab_block, cfg.mode == "sampled", False, cfg.max_length
+    )
+    return distill.OnPolicy(cfg, setting, engine, made[0])
+
+
 def rollout(status=FAILED, n=20, domain="search"):
     sampled = np.r_[np.zeros(n // 2), np.ones(n - n // 2)].astype(np.float32)
     return Rollout("t", domain, np.arange(n, dtype=np.int32), sampled, -sampled, status, 0.0, 1)
 
 
 def test_aborted_runs_are_left_out_truncated_ones_kept_and_overflow_counted():
-    batch, left_out = distill.pack_domain([rollout(), rollout(TRUNCATED), rollout(ABORTED)], 1, rows=2, max_length=24)
-    assert batch.tokens.shape == (2, 24) and left_out == 0 and batch.mask.sum() == 20 and set(batch.domains[batch.segment_ids > 0]) == {1}
-    batch, left_out = distill.pack_domain([rollout() for _ in range(5)], 0, rows=2, max_length=24)
-    assert left_out == 3 and (batch.segment_ids > 0).sum() == 40
-    batch, left_out = distill.pack_domain([], 0, rows=2, max_length=24)
-    assert batch.mask.sum() == 0 and left_out == 0
+    placed = distill.pack_domain([rollout(), rollout(TRUNCATED), rollout(ABORTED)], 1, rows=2, max_length=24)
+    batch = placed.batch
+    assert (
+        batch.tokens.shape == (2, 24)
+        and placed.left_out == 0
+        and batch.mask.sum() == 20
+        and set(batch.domains[batch.segment_ids > 0]) == {1}
+    )
+    assert [run.status for run in placed.runs] == [FAILED, TRUNCATED] and set(placed.row) == {0, 1} and placed.start == (0, 0)
+    placed = distill.pack_domain([rollout() for _ in range(5)], 0, rows=2, max_length=24)
+    assert placed.left_out == 3 and (placed.batch.segment_ids > 0).sum() == 40
+    placed = distill.pack_domain([rollout(n=n) for n in (9, 5, 10, 4)], 0, rows=2, max_length=16)
+    for run, row, start in zip(placed.runs, placed.row, placed.start, strict=True):
+        np.testing.assert_array_equal(placed.batch.tokens[row, start : start + len(run.tokens)], run.tokens)
+    placed = distill.pack_domain([], 0, rows=2, max_length=24)
+    assert placed.batch.mask.sum() == 0 and placed.left_out == 0 and placed.runs == ()
 
 
 def test_every_run_is_scored_by_the_teacher_of_its_domain_only(setting, models):
     student, teachers = models
-    source = distill.OnPolicy(CFG, setting, Engine(setting.model, setting.tokenizer, LIMITS), teachers)
+    source = on_policy(CFG, setting, teachers)
     data, out = source.next(train.init_state(student, optim.adamw(setting.specs, 1), 0))
     batch = data["batch"]
     assert out["rollout/left_out"] == 0 and set(np.unique(batch.domains)) == {0, 1}
@@ -81,9 +105,11 @@ def dense(params, batch, model):
 def test_loss_is_the_papers_formula_in_float64(setting, models):
     student, teachers = models
     model = dataclasses.replace(setting.model, load_balance_coef=0.0)
-    batches = [distill.pack_domain([rollout(n=20 + 6 * i, domain=d) for i in range(2)], j, 2, 80)[0] for j, d in enumerate(setting.domains)]
+    batches = [
+        distill.pack_domain([rollout(n=20 + 6 * i, domain=d) for i in range(2)], j, 2, 80).batch for j, d in enumerate(setting.domains)
+    ]
     batches = jax.tree.map(jnp.asarray, batches)
-    pieces = [{"batch": b, **distill.score(teachers[d], b, model, CFG.k, 256)} for b, d in zip(batches, setting.domains, strict=True)]
+    pieces = [{"batch": b, **scoring.native(teachers[d], b, model, CFG.k, 256)} for b, d in zip(batches, setting.domains, strict=True)]
     data = distill.weigh(jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), 2, "domain_mean")
     value, out = distill.loss(student, data, 1.0, model, CFG)
 
@@ -107,11 +133,14 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
 def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting, models):
     """Rows cut over fsdp and their length over context: tokens are scored shard after shard and must come back to their places."""
     student, teachers = models
-    mesh, batch = sharding.make_mesh({"fsdp": 2, "context": 4}), distill.pack_domain([rollout(n=45 + 9 * i) for i in range(4)], 0, 4, 80)[0]
+    mesh, batch = (
+        sharding.make_mesh({"fsdp": 2, "context": 4}),
+        distill.pack_domain([rollout(n=45 + 9 * i) for i in range(4)], 0, 4, 80).batch,
+    )
     assert (batch.segment_ids > 0).any(1).all()  # two rows a device: one row after the other is not shard after shard
 
     def evaluate(student, teacher, batch):
-        data = distill.weigh({"batch": batch, **distill.score(teacher, batch, setting.model, CFG.k, 256)}, 2, "domain_mean")
+        data = distill.weigh({"batch": batch, **scoring.native(teacher, batch, setting.model, CFG.k, 256)}, 2, "domain_mean")
         return distill.loss(student, data, 1.0, setting.model, CFG)[0], data
 
     expected = jax.jit(evaluate)(student, teachers[setting.domains[0]], jax.tree.map(jnp.asarray, batch))
@@ -127,7 +156,7 @@ def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting, models):
 def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
     student, teachers = models
     cfg = dataclasses.replace(CFG, steps=16, save_every=6)
-    whole = distill.run(cfg, student, teachers, setting, "whole")
+    whole = distill.run(cfg, student, taught(setting, teachers), setting, "whole")
     kl = [line["distill/kl"] for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
     assert len(kl) == 16 and np.mean(kl[-4:]) < 0.88 * np.mean(kl[:4])
     original = distill.OnPolicy.next
@@ -139,9 +168,9 @@ def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(set
 
     monkeypatch.setattr(distill.OnPolicy, "next", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        distill.run(cfg, student, teachers, setting, "cut")
+        distill.run(cfg, student, taught(setting, teachers), setting, "cut")
     monkeypatch.undo()
-    resumed = distill.run(cfg, student, teachers, setting, "cut")
+    resumed = distill.run(cfg, student, taught(setting, teachers), setting, "cut")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
 
 
@@ -163,7 +192,7 @@ def test_recorded_routes_are_replayed(routing):
         lambda path, p: p + jax.random.normal(jax.random.key(5), p.shape) if path[-1].key == "gate" else p, student
     )
     teachers = {d: other for d in setting.domains}
-    source = distill.OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), teachers)
+    source = on_policy(cfg, setting, teachers)
     data, _ = source.next(train.init_state(student, optim.adamw(setting.specs, 1), 0))
     data = distill.weigh(data, 2, "domain_mean")
     routes, valid = np.array(data["batch"].routes), np.asarray(data["batch"].segment_ids) > 0
@@ -172,7 +201,9 @@ def test_recorded_routes_are_replayed(routing):
     loss = jax.jit(lambda p, data: distill.loss(p, data, 1.0, setting.model, cfg))
     free = {**data, "batch": data["batch"].replace(routes=None)}
     np.testing.assert_allclose(loss(student, data)[0], loss(student, free)[0], rtol=1e-6)
-    own = source.score(other, free["batch"])["teacher_logits"]  # whole batch at once: one teacher has both domains here
+    own = jax.jit(lambda p, b: scoring.native(p, b, setting.model, cfg.k, cfg.vocab_block))(other, free["batch"])[
+        "teacher_logits"
+    ]  # whole batch at once: one teacher has both domains here
     np.testing.assert_allclose(data["teacher_logits"], own, atol=1e-4)
 
     routes[last] = np.arange(2)  # so that every expert used is known
@@ -188,7 +219,7 @@ def test_training_with_replay_runs_and_reports_the_load_of_every_expert(routing)
     setting, cfg = routing
     student = setting.init_params()
     cfg = dataclasses.replace(cfg, steps=1, microbatches=2, optimizer=bind(optim.adamw, learning_rate=1e-3))
-    distill.run(cfg, student, {d: student for d in setting.domains}, setting)
+    distill.run(cfg, student, taught(setting, dict.fromkeys(setting.domains, student)), setting)
     for line in metrics.read(setting.workdir):
         load = np.array(line["router/load"])
         assert load.shape == (setting.model.num_layers, 6)
@@ -208,12 +239,12 @@ def test_replay_without_a_record_is_refused(setting):
 
 def test_a_domain_without_a_teacher_and_rows_too_short_are_refused(setting, models):
     with pytest.raises(ConfigError, match="no teacher for domain tool_calling"):
-        distill.run(CFG, models[0], {"search": models[0]}, setting)
+        distill.run(CFG, models[0], taught(setting, {"search": models[0]}), setting)
     with pytest.raises(ConfigError, match="max_length"):
         DistillConfig(max_length=100, limits=Limits(max_length=200))
 
 
 def test_packed_rows_of_rollouts_mask_what_the_student_did_not_write():
-    batch, _ = distill.pack_domain([rollout(n=10)], 0, 1, 16)
+    batch = distill.pack_domain([rollout(n=10)], 0, 1, 16).batch
     example = packing.Example(np.arange(10, dtype=np.int32), np.r_[np.zeros(5), np.ones(5)].astype(np.float32))
     np.testing.assert_array_equal(batch.mask[0, :10], np.r_[example.mask[1:], 0])

@@ -1,0 +1,2 @@
+def sampled(*a, **k):
+    raise NotImplementedError

@@ -1,0 +1,233 @@
+"""What a domain's teacher says of the student's runs, as arrays that lie beside the student's batch.
+
+A teacher of the student's own tokenizer reads the student's ids. One of another tokenizer reads its own view of the run, and what it says
+is mapped onto the student's vocabulary (``kernels.vocab_align.targets``); positions that cannot be aligned lose their place in the mask,
+before any weight is made. Teachers are frozen; they may be of any architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checkpoint
+from .. import params as param_specs
+from ..align import byte_table, positions, vocab_map
+from ..align.vocab_map import VocabMap
+from ..config import ConfigError
+from ..data import packing
+from ..data import tokenizer as tokenizers
+from ..data.errors import DataError
+from ..data.tokenizer import Tokenizer
+from ..kernels import vocab_align
+from ..losses import distill as distill_loss
+from ..models import transformer
+from ..models.config import ModelConfig
+from ..sharding import flatten_tokens, unflatten_tokens
+from ..types import Batch, Metrics, Params, Rollout
+from . import folders, views
+
+Scores = dict[str, Any]
+"""float32 [B, T, K] "teacher_logits" at int32 [B, T, K] "support"; float32 [B, T] "teacher_logsumexp"; where any teacher has another
+tokenizer also int32 [B, T] "alone"; in mode "sampled" only float32 [B, T] "score": log-probability of the token that was written."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+    """params as of ``model``; vocab_map: from its tokenizer onto the student's, None where they are the same."""
+
+    params: Params
+    model: ModelConfig
+    tokenizer: Tokenizer
+    vocab_map: VocabMap | None = None
+
+
+def open_teacher(
+    params: Params, model: ModelConfig, tokenizer: Tokenizer, student: tuple[ModelConfig, Tokenizer], alignment: str = ""
+) -> Teacher:
+    """The teacher, with the map that its tokenizer needs; alignment as in ``vocab_map.build``, empty: by the two tokenizers.
+
+    Raises ConfigError where a tokenizer has more ids than its model, or the alignment does not suit them.
+    """
+    tables = []
+    for side, (cfg, own) in (("student", student), ("teacher", (model, tokenizer))):
+        if own.vocab_size > cfg.vocab_size:
+            raise ConfigError(
+                f"the {side}'s tokenizer {own.path} has {own.vocab_size} ids, its model {cfg.vocab_size}: they do not belong together"
+            )
+        tables.append(byte_table.of(own, cfg.vocab_size))
+    made = vocab_map.build(*tables, alignment or None)
+    return Teacher(params, model, tokenizer, None if made.mode == "identity" else made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A teacher that exists already, instead of one that stage 2 makes."""
+
+    params: str  # a parameters folder, of `a1jax import` or of a stage
+    tokenizer: str = ""  # the one it was trained with; empty: the one in that folder, or the student's where it holds none
+    alignment: str = ""  # identity, two_sided, one_sided or shared; empty: identity where the tokenizers are the same, else two_sided
+
+
+def open_checkpoint(source: Checkpoint, student: tuple[ModelConfig, Tokenizer]) -> Teacher:
+    """The teacher of a checkpoint, of any architecture. Raises ConfigError where its folder or tokenizer is missing or does not fit."""
+    folder = pathlib.Path(source.params)
+    model, _ = folders.read_model(folder)
+    inside = [f for pattern in ("tokenizer.json*", "*.model", "*.tiktoken") for f in folder.glob(pattern)]
+    path = source.tokenizer or (str(folder) if inside else "")
+    try:
+        tokenizer = tokenizers.load(path) if path else student[1]
+    except DataError as error:
+        raise ConfigError(f"the teacher's tokenizer: {error}") from None
+    params = checkpoint.load_params(folder / "params", param_specs.abstract(transformer.specs(model)))
+    return open_teacher(params, model, tokenizer, student, source.alignment)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """The runs of one domain packed: runs[n] stands in row n of ``row`` from ``start`` on; left_out: runs that found no room."""
+
+    batch: Batch
+    runs: tuple[Rollout, ...]
+    row: tuple[int, ...]
+    start: tuple[int, ...]
+    left_out: int
+
+
+def native(teacher: Params, batch: Batch, model: ModelConfig, k: int, block: int) -> Scores:
+    """A teacher's k best ids at every position. It chooses its own experts: the routes in the batch are the student's."""
+    hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
+    found = distill_loss.teacher_targets(flatten_tokens(hidden), transformer.unembed(teacher, model), k, block)
+    names = {"support": found.support, "teacher_logits": found.logits, "teacher_logsumexp": found.logsumexp}
+    return {name: unflatten_tokens(x, *batch.tokens.shape) for name, x in names.items()}
+
+
+def written(teacher: Params, batch: Batch, model: ModelConfig, block: int) -> Scores:
+    """The teacher's log-probability of every target."""
+    hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
+    hidden, unembed = flatten_tokens(hidden), transformer.unembed(teacher, model)
+    logits = vocab_align.gather_logits(hidden, unembed, flatten_tokens(batch.targets)[:, None])[:, 0]
+    return {"score": unflatten_tokens(logits - vocab_align.logsumexp(hidden, unembed, block), *batch.tokens.shape)}
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(form, **static):
+    return jax.jit(functools.partial(form, **static))
+
+
+def _jit(form, **static):
+    """One compiled program per form and static arguments, whoever asks: teachers of one architecture share it."""
+    return _compiled(form, **static)
+
+
+class Scorer:
+    """One teacher, ready to score batches. fold: the number of its map among those of ``members``, see ``make_scorers``."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Tokenizer,
+        k: int,
+        block: int,
+        sampled: bool,
+        foreign: bool,
+        fold: int,
+        show_tools: bool,
+        max_length: int,
+    ):
+        self.teacher, self.student, self.k, self.block = teacher, student, k, block
+        self.sampled, self.foreign, self.fold, self.show_tools, self.max_length = sampled, foreign, fold, show_tools, max_length
+        self.tables = None if teacher.vocab_map is None else positions.tables(teacher.vocab_map)
+
+    def score(self, placed: Placed, batch: Batch) -> tuple[Batch, Scores, Metrics]:
+        """(the batch, its mask without positions that have no target; scores; shares). batch: ``placed.batch`` where it lies."""
+        if self.teacher.vocab_map is not None:
+            return self._aligned(placed, batch)
+        if self.sampled:
+            return batch, _jit(written, model=self.teacher.model, block=self.block)(self.teacher.params, batch), {}
+        scores = _jit(native, model=self.teacher.model, k=self.k, block=self.block)(self.teacher.params, batch)
+        if self.foreign:  # another domain's teacher brings one more place
+            shift = self.fold * self.teacher.model.vocab_size
+            scores["support"] = jnp.pad(scores["support"] + shift, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+            scores["teacher_logits"] = jnp.pad(scores["teacher_logits"], ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
+            scores["alone"] = jnp.full(batch.tokens.shape, -1, jnp.int32)
+        return batch, scores, {}
+
+    def _aligned(self, placed: Placed, batch: Batch) -> tuple[Batch, Scores, Metrics]:
+        teacher, shape = self.teacher, placed.batch.tokens.shape
+        read = views.view_all(placed.runs, self.student, teacher.tokenizer, self.show_tools)
+        theirs, row, start = _pack(read, self.max_length)
+        turns = list(_turns(placed, read, row, start, shape[1], self.max_length))
+        at = positions.positions(turns, teacher.vocab_map)
+        hidden = _jit(_hidden, model=teacher.model)(teacher.params, theirs)
+        unembed = transformer.unembed(teacher.params, teacher.model)
+        found = vocab_align.aligned_targets(hidden, unembed, self.tables, at, self.k, shape[0] * shape[1])
+        mask = np.array(placed.batch.mask)
+        mask.reshape(-1)[at.masked] = 0.0
+        report = at.report()
+        shares = {f"align/{name}": value for name, value in report.items()}
+        batch = dataclasses.replace(batch, mask=jnp.asarray(mask))
+        if self.sampled:
+            return batch, {"score": found.score.reshape(shape)}, shares
+        shift = self.fold * len(teacher.vocab_map.unit_of_student)
+        support = jnp.where(found.units >= 0, found.units + shift, -1)
+        scores = {"support": support.reshape(*shape, -1), "teacher_logits": found.values.reshape(*shape, -1)}
+        return batch, {**scores, "teacher_logsumexp": jnp.zeros(shape), "alone": found.alone.reshape(shape)}, shares
+
+
+def make_scorers(
+    teachers: dict[str, Teacher], student: Tokenizer, k: int, block: int, sampled: bool, show_tools: bool, max_length: int
+) -> tuple[dict[str, Scorer], Any]:
+    """(domain -> scorer, ``members`` of all their maps for the loss, None where all tokenizers are the student's)."""
+    folds: list[np.ndarray] = []
+    number: dict[str, int] = {}
+    keys: dict[Any, int] = {}
+    foreign = any(t.vocab_map is not None for t in teachers.values())
+    for domain, teacher in teachers.items():
+        made = teacher.vocab_map
+        key = None if made is None else (made.mode, made.student_hash, made.teacher_hash)
+        if key not in keys:
+            keys[key] = len(folds)
+            size = next(len(t.vocab_map.unit_of_student) for t in teachers.values() if t.vocab_map is not None) if foreign else 0
+            folds.append(np.arange(size, dtype=np.int32) if made is None else made.unit_of_student)
+        number[domain] = keys[key]
+    scorers = {
+        domain: Scorer(teacher, student, k, block, sampled, foreign, number[domain], show_tools, max_length)
+        for domain, teacher in teachers.items()
+    }
+    return scorers, vocab_align.members.members(folds) if foreign and not sampled else None
+
+
+def _hidden(teacher: Params, batch: Batch, model: ModelConfig) -> jax.Array:
+    return flatten_tokens(transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)[0])
+
+
+def _pack(read: Sequence[views.View], max_length: int) -> tuple[Batch, list[int], list[int]]:
+    """The views packed into rows of max_length, longer ones cut, and where each stands. Rows in steps of 4: few programs are compiled."""
+    cut = [packing.Example(v.tokens[:max_length], np.zeros(min(len(v.tokens), max_length), np.float32)) for v in read]
+    placed = packing.best_fit_decreasing([len(e) for e in cut], max_length)
+    row, start = [0] * len(cut), [0] * len(cut)
+    for number, members in enumerate(placed):
+        at = 0
+        for i in members:
+            row[i], start[i] = number, at
+            at += len(cut[i])
+    rows = [tuple(cut[i] for i in members) for members in placed]
+    return packing.to_batch([*rows, *[()] * (max(4, -(-len(rows) // 4) * 4) - len(rows))], max_length), row, start
+
+
+def _turns(placed: Placed, read: Sequence[views.View], row: Sequence[int], start: Sequence[int], length: int, max_length: int):
+    """Every turn with the flat rows that predict its tokens; -1 where the teacher's context was cut."""
+    for n, (run, view) in enumerate(zip(placed.runs, read, strict=True)):
+        for (a, b), (c, d) in zip(view.ours, view.theirs, strict=True):
+            ours = placed.row[n] * length + placed.start[n] + np.arange(a, b) - 1
+            at = np.arange(c, d) - 1
+            theirs = np.where(at + 1 < max_length, row[n] * max_length + start[n] + at, -1)
+            yield positions.Turn(run.tokens[a:b], view.tokens[c:d], ours, theirs)

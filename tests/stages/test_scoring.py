@@ -1,0 +1,236 @@
+"""Teachers of other tokenizers in stage 3: the same as the native one where they must be, counted and masked where they cannot be."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a1jax import checkpoint, optim, train
+from a1jax.align import byte_table
+from a1jax.config import ConfigError, bind
+from a1jax.data import chat
+from a1jax.domains import DOMAINS, solve
+from a1jax.models import transformer
+from a1jax.rollout.agent import Limits
+from a1jax.stages import distill, folders, scoring
+from a1jax.stages.distill import DistillConfig
+from a1jax.types import FINISHED, Rollout
+
+LIMITS = Limits(slots=4, max_turns=3, max_turn_tokens=8, max_length=96, temperature=1.0)
+CFG = DistillConfig(
+    steps=3, prompts=3, lengths=(1, 2), rows=2, max_length=96, k=6, optimizer=bind(optim.adamw, learning_rate=1e-2), limits=LIMITS,
+    save_every=1, vocab_block=256,
+)  # fmt: skip
+
+
+def shuffled(tokenizer, order):
+    """The same tokenizer with other ids: order[i] is the new one of i."""
+    old = np.argsort(order)
+    encode, batch = tokenizer.encoder, tokenizer.batch_encoder
+    renamed = {name: int(order[getattr(tokenizer, name)]) for name in ("pad_id", "eos_id")}
+    return dataclasses.replace(
+        tokenizer,
+        **renamed,
+        bos_id=None if tokenizer.bos_id is None else int(order[tokenizer.bos_id]),
+        spelling=tuple(tokenizer.spelling[i] for i in old),
+        table=tuple(tokenizer.table[i] for i in old),
+        pieces={text: int(order[i]) for text, i in tokenizer.pieces.items()},
+        encoder=lambda text: [int(order[i]) for i in encode(text)],
+        batch_encoder=lambda texts: [[int(order[i]) for i in ids] for ids in batch(texts)],
+    )
+
+
+@pytest.fixture(scope="module")
+def order(tokenizer):
+    return np.random.default_rng(0).permutation(tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def runs(tokenizer):
+    """Experts' runs as rollouts, two a domain."""
+    found = []
+    for domain in DOMAINS:
+        for seed in (1, 2):
+            run = solve(DOMAINS[domain].propose(seed, 1))
+            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
+    return found
+
+
+@pytest.fixture()
+def models(setting):
+    student = setting.init_params()
+    teacher = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), student)
+    return student, teacher
+
+
+@pytest.fixture()
+def stranger(setting, models, order):
+    """The teacher with shuffled ids: it says the same in other numbers."""
+    table = models[1]["embed_tokens"]
+    params = {**models[1], "embed_tokens": table[np.argsort(order)]}
+    student = (setting.model, setting.tokenizer)
+    return scoring.open_teacher(params, setting.model, shuffled(setting.tokenizer, order), student)
+
+
+def batch_of(runs, setting, teachers, cfg=CFG, rows=2, length=96):
+    """What stage 3 trains on at one step."""
+    sampled = cfg.mode == "sampled"
+    scorers, members = scoring.make_scorers(teachers, setting.tokenizer, cfg.k, 256, sampled, False, cfg.teacher_max_length or length)
+    pieces, shares = [], {}
+    for index, domain in enumerate(setting.domains):
+        placed = distill.pack_domain([r for r in runs if r.domain == domain], index, rows, length)
+        assert placed.left_out == 0
+        batch, scores, found = scorers[domain].score(placed, jax.tree.map(jnp.asarray, placed.batch))
+        pieces.append({"batch": batch, **scores})
+        shares |= {f"{name}/{domain}": value for name, value in found.items()}
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), members, shares
+
+
+@functools.cache
+def value_and_grad(model, cfg):
+    def loss(params, data, members):
+        return distill.loss(params, distill.weigh(data, 2, "domain_mean"), 1.0, model, cfg, members)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def close(got, expected, tolerance=1e-4):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(float(np.abs(b).max()), 1e-6))
+
+
+@pytest.mark.parametrize("mode", ["salient", "sampled"])
+def test_other_names_of_the_same_tokens_change_nothing(setting, models, stranger, runs, mode):
+    """One domain's teacher has shuffled ids, the other's has not; both say what the native one says: value and all gradients."""
+    student, teacher = models
+    assert stranger.vocab_map.mode == "two_sided"
+    native = scoring.Teacher(teacher, setting.model, setting.tokenizer)
+    cfg, model = dataclasses.replace(CFG, mode=mode), dataclasses.replace(setting.model, load_balance_coef=0.0)
+    first, second = setting.domains
+    plain, none, _ = batch_of(runs, setting, dict.fromkeys(setting.domains, native), cfg)
+    mixed, members, shares = batch_of(runs, setting, {first: native, second: stranger}, cfg)
+    assert none is None and (members is None) == (mode == "sampled")
+    assert shares[f"align/straddled/{second}"] == shares[f"align/chained/{second}"] == shares[f"align/masked/{second}"] == 0
+    assert shares[f"align/positions/{second}"] == sum(r.sampled.sum() for r in runs if r.domain == second)
+    np.testing.assert_array_equal(mixed["batch"].mask, plain["batch"].mask)
+    seen = np.asarray(plain["batch"].mask) > 0
+    # Ids with equal bytes, and the kinds of stop, are one unit there and several ids here: those positions are left out.
+    size = setting.model.vocab_size
+    lone = np.bincount(stranger.vocab_map.unit_of_student + 1, minlength=size + 1)[1:] == 1
+    ids = plain["support"] if mode == "salient" else plain["batch"].targets[:, :, None]
+    seen &= lone[np.asarray(ids)].all(2)
+    assert seen.sum() > 0.5 * np.asarray(plain["batch"].mask).sum() and all(seen[2 * i : 2 * i + 2].any() for i in (0, 1))
+    if mode == "salient":
+        shift = np.where(np.asarray(mixed["batch"].domains) == 1, size, 0)  # the second map's units
+        units = np.asarray(mixed["support"]) - shift[:, :, None]
+        same = (np.sort(units[:, :, :-1]) == np.sort(np.asarray(plain["support"]))).all(2)
+        assert same[seen].mean() > 0.8  # elsewhere a sum of several ids is among the best
+        seen &= same
+        assert (np.asarray(mixed["support"])[seen][:, -1] == -1).all()
+    else:
+        np.testing.assert_allclose(np.asarray(mixed["score"])[seen], np.asarray(plain["score"])[seen], atol=2e-5)
+    plain, mixed = ({**d, "batch": d["batch"].replace(mask=seen.astype(np.float32))} for d in (plain, mixed))
+    step = value_and_grad(model, cfg)
+    close(step(student, mixed, members)[0][0], step(student, plain, none)[0][0])
+    close(step(student, mixed, members)[1], step(student, plain, none)[1])
+
+
+def test_packing_and_microbatches_change_nothing(setting, models, stranger, runs):
+    student, model = models[0], dataclasses.replace(setting.model, load_balance_coef=0.0)
+    teachers = dict.fromkeys(setting.domains, stranger)
+    step = value_and_grad(model, CFG)
+    narrow, members, _ = batch_of(runs, setting, teachers)
+    wide, _, _ = batch_of(runs, setting, teachers, rows=1, length=192)
+    (value, _), grads = step(student, narrow, members)
+    (other, _), other_grads = step(student, wide, members)
+    close((other, other_grads), (value, grads))
+    weigh = functools.partial(distill.weigh, num_domains=2, reduction="domain_mean")
+    loss = functools.partial(distill.loss, model=model, cfg=CFG, members=members)
+    tx = optim.adamw(setting.specs, 1)
+    steps = [jax.jit(train.make_train_step(loss, tx, count, weigh, distill.finish)) for count in (1, 2)]
+    out = [step(train.init_state(student, tx, 0), narrow)[1] for step in steps]
+    for name in ("loss", "grad_norm", "distill/kl", "distill/coverage", "distill/tokens"):
+        np.testing.assert_allclose(out[1][name], out[0][name], rtol=1e-5)
+
+
+def test_what_cannot_be_aligned_is_masked_and_counted(setting, stranger, runs):
+    """A byte that is no character, and a context that ends before the run does."""
+    odd = [i for i, b in enumerate(byte_table.of(setting.tokenizer).bytes) if b == b"\xc3"][0]
+    run = next(r for r in runs if r.domain == setting.domains[0])
+    at = int(np.flatnonzero(run.sampled)[2])
+    tokens, sampled = (np.insert(x, at, y).astype(x.dtype) for x, y in ((run.tokens, odd), (run.sampled, 1)))
+    broken = dataclasses.replace(run, tokens=tokens, sampled=sampled)
+    others = [r for r in runs if r.domain != run.domain]
+    data, _, shares = batch_of([broken, *others], setting, dict.fromkeys(setting.domains, stranger))
+    count = sampled.sum()
+    assert shares[f"align/masked/{run.domain}"] == pytest.approx(1 / count)
+    mask = np.asarray(data["batch"].mask)[0]
+    assert mask[at - 1] == 0 and mask.sum() == count - 1
+    cut = 20
+    assert run.sampled[:cut].any() and run.sampled[cut + 1 :].any()
+    short = dataclasses.replace(CFG, teacher_max_length=cut)
+    data, _, shares = batch_of([run, *others], setting, dict.fromkeys(setting.domains, stranger), short)
+    lost = 1 - run.sampled[:cut].sum() / run.sampled.sum()
+    assert shares[f"align/masked/{run.domain}"] == pytest.approx(lost)
+    assert np.asarray(data["batch"].mask)[0].sum() == run.sampled[:cut].sum()
+
+
+def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkeypatch):
+    teachers = {setting.domains[0]: stranger, setting.domains[1]: scoring.Teacher(models[1], setting.model, setting.tokenizer)}
+    cfg = dataclasses.replace(CFG, coverage_every=2)
+    whole = distill.run(cfg, models[0], teachers, setting, "whole")
+    original = distill.OnPolicy.next
+
+    def interrupted(self, state):
+        if int(state.step) == 2:
+            raise KeyboardInterrupt
+        return original(self, state)
+
+    monkeypatch.setattr(distill.OnPolicy, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(cfg, models[0], teachers, setting, "cut")
+    monkeypatch.undo()
+    resumed = distill.run(cfg, models[0], teachers, setting, "cut")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
+    from a1jax import metrics
+
+    lines = [line for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
+    assert ["distill/coverage" in line for line in lines] == [True, False, True]
+    assert all(line["align/positions"] > 0 and "align/masked" in line for line in lines)
+
+
+def test_a_checkpoint_teaches_and_what_does_not_fit_is_refused(setting, models, order, tmp_path):
+    student = (setting.model, setting.tokenizer)
+    wide = dataclasses.replace(setting.model, d_model=24, vocab_size=650)
+    checkpoint.save_params(tmp_path / "params", jax.tree.map(jnp.asarray, _init(wide)))
+    folders.write_model(tmp_path, wide, {})
+    found = scoring.open_checkpoint(scoring.Checkpoint(str(tmp_path)), student)
+    assert found.model == wide and found.vocab_map.mode == "two_sided"  # 10 rows of padding: other byte tables, the same tokens
+    assert (found.vocab_map.unit_of_teacher[: setting.tokenizer.vocab_size] >= 0).mean() > 0.99
+    for source, message in (
+        (scoring.Checkpoint(str(tmp_path / "no")), "no such folder"),
+        (scoring.Checkpoint(str(tmp_path), tokenizer=str(tmp_path / "none.model")), "teacher's tokenizer: no tokenizer file"),
+        (scoring.Checkpoint(str(tmp_path), alignment="identity"), "identity needs one tokenizer"),
+        (scoring.Checkpoint(str(tmp_path), alignment="both"), "alignment mode is 'both'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            scoring.open_checkpoint(source, student)
+    with pytest.raises(ConfigError, match="has 640 ids, its model 600"):
+        scoring.open_teacher(models[1], dataclasses.replace(setting.model, vocab_size=600), setting.tokenizer, student)
+
+
+def _init(model):
+    from a1jax import params
+
+    return params.init(transformer.specs(model), jax.random.key(0))
+
+
+def test_a_mesh_is_refused(setting, models, stranger):
+    mesh = jax.make_mesh((1,), ("data",))
+    with pytest.raises(ConfigError, match="needs one device so far"):
+        distill.run(CFG, models[0], dict.fromkeys(setting.domains, stranger), dataclasses.replace(setting, mesh=mesh))

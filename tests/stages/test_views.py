@@ -1,0 +1,66 @@
+"""A run in another tokenizer: the same conversation, the same turns, the same bytes."""
+
+import numpy as np
+import pytest
+
+from a1jax.align import byte_table
+from a1jax.data import chat
+from a1jax.data.tokenizer import train_sentencepiece
+from a1jax.domains import DOMAINS, solve
+from a1jax.stages import cross_tokenizer, experts, views
+from a1jax.types import FINISHED, Rollout
+
+NAMES = tuple(DOMAINS)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A tokenizer that writes numbers digit by digit."""
+    path = tmp_path_factory.mktemp("digits") / "tokenizer.model"
+    return train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=608, symbols=cross_tokenizer.digits(NAMES))
+
+
+def expert_run(tokenizer, domain="tool_calling", seed=3, steps=3):
+    """An expert's run as a rollout would leave it; nothing after its last turn."""
+    run = solve(DOMAINS[domain].propose(seed, steps))
+    tokens, mask = chat.tokenize(tokenizer, list(run.messages))
+    end = int(np.flatnonzero(mask)[-1]) + 1
+    return Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, steps, run)
+
+
+@pytest.mark.parametrize("domain", NAMES)
+def test_a_view_is_what_the_other_tokenizer_makes_of_the_run(tokenizer, digits, domain):
+    run = expert_run(tokenizer, domain)
+    (view,) = views.view_all([run], tokenizer, digits, False)
+    expected = expert_run(digits, domain)
+    np.testing.assert_array_equal(view.tokens, expected.tokens)  # canonical turns: nothing differs from the run written by that tokenizer
+    assert list(view.theirs) == views.turns(expected.sampled) and list(view.ours) == views.turns(run.sampled)
+    assert len(view.tokens) > len(run.tokens)
+    tables = [byte_table.of(t).bytes for t in (tokenizer, digits)]
+    for (a, b), (c, d) in zip(view.ours, view.theirs, strict=True):
+        ours, theirs = (byte_table.join(t, ids) for t, ids in zip(tables, (run.tokens[a:b], view.tokens[c:d]), strict=True))
+        assert ours == theirs and ours
+        assert run.tokens[b - 1] == tokenizer.eos_id and view.tokens[d - 1] == digits.eos_id
+
+
+def test_what_was_sampled_is_kept_and_a_cut_turn_has_no_end(tokenizer, digits):
+    """Another segmentation of the same text, a byte that is no character, and a last turn that a budget cut."""
+    run = expert_run(tokenizer)
+    start, stop = views.turns(run.sampled)[-1]
+    space, odd = tokenizer.encode("~")[0], tokenizer.encode("é")[-1]
+    ids = [*run.tokens[: start + 1], odd, space, *run.tokens[start + 1 : stop - 1]]
+    sampled = np.zeros(len(ids), np.float32)
+    sampled[: len(run.sampled)] = run.sampled[: len(ids)]
+    sampled[start:] = 1
+    cut = Rollout(run.task_id, run.domain, np.asarray(ids, np.int32), sampled, -sampled, "TRUNCATED", 0.0, 3, run.trajectory)
+    (view,) = views.view_all([cut], tokenizer, digits, False)
+    assert view.ours[-1] == (start, len(ids)) and view.theirs[-1][1] == len(view.tokens)
+    assert digits.decode(view.tokens[slice(*view.theirs[-1])].tolist()) == tokenizer.decode(ids[start:])
+    assert view.tokens[-1] != digits.eos_id
+    earlier = views.view_all([run], tokenizer, digits, False)[0]
+    np.testing.assert_array_equal(view.tokens[: view.theirs[-1][0]], earlier.tokens[: earlier.theirs[-1][0]])
+
+
+def test_turns_of_a_mask():
+    assert views.turns(np.array([0, 1, 1, 0, 0, 1], np.float32)) == [(1, 3), (5, 6)]
+    assert views.turns(np.zeros(3, np.float32)) == [] and views.turns(np.ones(2, np.float32)) == [(0, 2)]
