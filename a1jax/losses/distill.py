@@ -1,12 +1,15 @@
-"""On-policy distillation by salient vocabulary alignment (SVA), student and teacher sharing one tokenizer.
+"""On-policy distillation by salient vocabulary alignment (SVA).
 
-At every token the student wrote, S is the teacher's k best ids. Both distributions are renormalised on S and compared there
-(arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient need k rows of its output
-matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported unless refused.
+At every token the student wrote, S is the teacher's k best ids; with a teacher of another tokenizer the k best units of the student's
+vocabulary and, at a chained position, the token that was written (``kernels.vocab_align.targets``). Both distributions are renormalised on
+S and compared there (arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient need k rows of its
+output matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported unless refused.
 
     salient  renormalised on S: the paper. Never negative. Zero only if both agree on S.
     tail     one more class holds the rest on both sides: sees mass outside S, costs the student's log-sum-exp and its gradient.
     full     the whole vocabulary (k = V): ``distill`` only, as it needs the teacher's hidden states and not its logits on S.
+
+The fourth mode looks at the written token alone: ``sampled``. Each has the divergences of ``divergence``.
 """
 
 from __future__ import annotations
@@ -57,25 +60,31 @@ def sva(
     teacher_logsumexp: jax.Array | None = None,
     mode: Mode = "salient",
     divergence: divergences.Divergence = "reverse",
-    coverage: bool = True,
+    coverage: bool | jax.Array = True,
     block: int = 4096,
     slab: int = SLAB,
     valid: Valid = None,
-    members=None,
-    alone=None,
+    members: vocab_align.Members | None = None,
+    alone: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """sum over n of weights[n] * divergence[n], and metrics; gradient to the student's two arrays only.
 
     student_hidden [N, D]; student_unembed [V, D]; teacher_logits float32 [N, k] at support int32 [N, k] (distinct ids of a
     token; a logit of -inf marks a place no id takes); weights float32 [N] from ``masked.token_weights``.
     teacher_logsumexp [N]: mode "tail" only. coverage: False saves the student's log-sum-exp in mode "salient", the only
-    thing there that reads its whole output matrix. block, valid: of that log-sum-exp. slab: of ``gather_logits``, memory only.
+    thing there that reads its whole output matrix; a traced bool measures where it is true and else reports 0 over 0 tokens, see below.
+    block, valid: of that log-sum-exp. slab: of ``gather_logits``, memory only.
+
+    A teacher of another tokenizer: teacher_logits are log q of the classes (teacher_logsumexp 0), support their units, members the rows of
+    the student's matrix that each unit sums over, alone int32 [N] (-1: none) the id that is the class in the last place by itself and
+    counts in no unit: see ``vocab_align.gather_units``. A class that no row of the student's is in counts as an empty place.
 
     With p, q the renormalised probabilities, the reverse KL's gradient to the student's logit of u in S is
     weight * p_u * (log p_u - log q_u - KL), and zero outside S (vocabulary_alignment.md, section 3).
 
     Metrics over tokens with a weight (plain means): distill/kl, distill/teacher_entropy (of q: in nats, on the classes
-    compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number).
+    compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number); where coverage is traced also
+    distill/coverage_tokens, the number of tokens it was measured at.
     Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, and shapes that do not match.
     """
     _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp)
@@ -90,9 +99,15 @@ def sva(
         present = present & jnp.logical_not(jnp.isneginf(student))
     student = jnp.where(present, student, ABSENT)
     on_support = jax.nn.logsumexp(student, axis=1)
-    if mode == "tail" or coverage:
-        arrays = (student_hidden, student_unembed) if mode == "tail" else lax.stop_gradient((student_hidden, student_unembed))
-        everything = vocab_align.logsumexp(*arrays, block, valid)
+    asked = isinstance(coverage, jax.Array)
+    if mode == "tail":
+        everything = vocab_align.logsumexp(student_hidden, student_unembed, block, valid)
+    elif asked:
+        arrays = lax.stop_gradient((student_hidden, student_unembed))
+        nothing = jnp.full(weights.shape, jnp.inf, jnp.float32)
+        everything = lax.cond(coverage, lambda: vocab_align.logsumexp(*arrays, block, valid), lambda: nothing)
+    elif coverage:
+        everything = vocab_align.logsumexp(*lax.stop_gradient((student_hidden, student_unembed)), block, valid)
 
     if mode == "tail":
         ours = _with_rest(student, on_support, everything)
@@ -102,8 +117,12 @@ def sva(
         theirs = jax.nn.log_softmax(teacher, axis=1)
     value = jnp.sum(term(ours, theirs), axis=1)
     entropy = -jnp.sum(jnp.exp(theirs) * theirs, axis=1)
-    extra = {"coverage": jnp.exp(on_support - everything)} if coverage else {}
-    return _reduce(value, weights, teacher_entropy=entropy, **extra)
+    extra = {"coverage": jnp.exp(on_support - everything)} if asked or coverage else {}
+    loss, out = reduced(value, weights, teacher_entropy=entropy, **extra)
+    if asked:
+        measured = (coverage if mode != "tail" else True) * out["distill/tokens"]
+        out = {**out, "distill/coverage_tokens": measured}
+    return loss, out
 
 
 def distill(
@@ -129,7 +148,7 @@ def distill(
     if mode == "full":
         arrays = (student_hidden, student_unembed, teacher_hidden, teacher_unembed)
         value, entropy = full_divergence(*arrays, block, divergence, valid)
-        return _reduce(value, weights, teacher_entropy=entropy)
+        return reduced(value, weights, teacher_entropy=entropy)
     targets = teacher_targets(teacher_hidden, teacher_unembed, k, block, valid)
     return sva(
         student_hidden, student_unembed, targets.logits, targets.support, weights, teacher_logsumexp=targets.logsumexp,
@@ -158,8 +177,8 @@ def _with_rest(logits: jax.Array, on_support: jax.Array, everything: jax.Array) 
     return jnp.concatenate([logits - everything[:, None], rest[:, None]], axis=1)
 
 
-def _reduce(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tuple[jax.Array, Metrics]:
-    """The weighted sum, and plain means over the tokens that have a weight."""
+def reduced(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The weighted sum, and plain means of "distill/kl" and the others over the tokens that have a weight, without gradient."""
     weights = lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
     count = jnp.sum(counts.astype(jnp.float32))

@@ -25,14 +25,21 @@ def arrays(seed=0, tokens=N, vocab=V):
 
 
 @functools.cache
-def ours(mode, k=K, block=16):
+def ours(mode, k=K, block=16, kind="reverse"):
     def function(sh, sw, th, tw, weights):
-        return distill(sh, sw, th, tw, weights, k=k, mode=mode, block=block)
+        return distill(sh, sw, th, tw, weights, k=k, mode=mode, divergence=kind, block=block)
 
     return jax.jit(jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True))
 
 
-def dense(sh, sw, th, tw, weights, mode, k):
+DENSE = {
+    "reverse": lambda p, q: p * jnp.log(p / q),
+    "forward": lambda p, q: q * jnp.log(q / p),
+    "jensen_shannon": lambda p, q: 0.5 * (p * jnp.log(2 * p / (p + q)) + q * jnp.log(2 * q / (p + q))),
+}
+
+
+def dense(sh, sw, th, tw, weights, mode, k, kind="reverse"):
     """The definitions, over whole logits."""
     logp, logq = jax.nn.log_softmax(sh @ sw.T), jax.nn.log_softmax(th @ tw.T)
     if mode != "full":
@@ -42,14 +49,14 @@ def dense(sh, sw, th, tw, weights, mode, k):
         logp, logq = jax.nn.log_softmax(logp), jax.nn.log_softmax(logq)
     if mode == "tail":
         logp, logq = (jnp.concatenate([x, jnp.log1p(-jnp.exp(x).sum(1, keepdims=True))], axis=1) for x in (logp, logq))
-    return jnp.sum(weights * jnp.sum(jnp.exp(logp) * (logp - logq), axis=1))
+    return jnp.sum(weights * jnp.sum(DENSE[kind](jnp.exp(logp), jnp.exp(logq)), axis=1))
 
 
 @functools.cache
-def dense_reference(mode):
+def dense_reference(mode, kind="reverse"):
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in arrays())
-        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(functools.partial(dense, mode=mode, k=K), (0, 1)))(*wide))
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(functools.partial(dense, mode=mode, k=K, kind=kind), (0, 1)))(*wide))
 
 
 def close(got, expected, tolerance=1e-4):
@@ -79,6 +86,49 @@ def test_value_and_gradient_equal_the_dense_form(mode):
         assert "distill/coverage" not in metrics
     else:
         np.testing.assert_allclose(metrics["distill/coverage"], coverage.sum(1)[on].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward", "jensen_shannon"])
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_the_other_divergences_equal_their_dense_forms(mode, kind):
+    (loss, _), grads = ours(mode, kind=kind)(*arrays())
+    expected, expected_grads = dense_reference(mode, kind)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    close(grads[:2], expected_grads)
+    assert not np.asarray(grads[2]).any() and not np.asarray(grads[3]).any()
+
+
+def test_divergences_by_hand():
+    student, teacher = (jnp.log(jnp.asarray(x, jnp.float32)) for x in ([0.5, 0.5], [0.25, 0.75]))
+    found = {kind: float(jnp.sum(term(student, teacher))) for kind, term in divergence.TERMS.items()}
+    assert found["reverse"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    assert found["forward"] == pytest.approx(0.25 * np.log(1 / 2) + 0.75 * np.log(3 / 2), rel=1e-5)
+    mean = np.array([0.375, 0.625])
+    halves = [0.5 * np.sum(x * np.log(x / mean)) for x in (np.array([0.5, 0.5]), np.array([0.25, 0.75]))]
+    assert found["jensen_shannon"] == pytest.approx(sum(halves), rel=1e-5)
+    swapped = float(jnp.sum(divergence.jensen_shannon(teacher, student)))
+    assert swapped == pytest.approx(found["jensen_shannon"], rel=1e-5)
+    apart = [jnp.asarray(x, jnp.float32) for x in ([0.0, -1e30], [-1e30, 0.0])]
+    assert float(jnp.sum(divergence.jensen_shannon(*apart))) == pytest.approx(np.log(2), rel=1e-6)
+    assert all(float(jnp.abs(jnp.sum(term(student, student)))) < 1e-7 for term in divergence.TERMS.values())
+
+
+def test_coverage_can_be_asked_for_at_run_time():
+    batch = arrays()
+    targets = TARGETS(batch[2], batch[3], K, 16)
+
+    @jax.jit
+    def measured(asked):
+        return sva(batch[0], batch[1], targets.logits, targets.support, batch[4], coverage=asked, block=16)
+
+    (loss, yes), (other, no) = measured(jnp.bool_(True)), measured(jnp.bool_(False))
+    static = jax.jit(functools.partial(sva, block=16))(batch[0], batch[1], targets.logits, targets.support, batch[4])
+    assert (
+        loss == other == static[0]
+        and yes["distill/coverage"] == pytest.approx(float(static[1]["distill/coverage"]))
+        and yes["distill/coverage"]
+    )
+    assert yes["distill/coverage_tokens"] == yes["distill/tokens"] and no["distill/coverage_tokens"] == no["distill/coverage"] == 0
 
 
 def student_and_teacher(student, teacher):
