@@ -1,7 +1,7 @@
 """Units of many rows, for ``members``: their rows in lanes and planes like those of ``layout``, block by block times all tokens.
 
 Letters as in ``members``. A block of B rows has B / 16 lanes of 16 planes; a unit takes as many neighbouring lanes as it needs,
-over the end of a block into the next one if need be. Blocks of which no token wants a unit are skipped.
+over the end of a block into the next one if need be. Only blocks are walked of which some token wants a unit.
 """
 
 from __future__ import annotations
@@ -37,12 +37,19 @@ def _block(index, hidden, unembed, members, alone):
     return rows, matrix, jnp.where(counts, blocks.product(hidden, matrix), -jnp.inf)
 
 
-def _wanted(units, members):
-    """(number of each place's fat unit [N, K], -1 where it is thin; bool [blocks]: some token wants a unit of that block)."""
+def _walk(body, state, units, members):
+    """Folds ``body(state, number of a block, number of each place's fat unit [N, K] or -1)`` over the blocks that some token wants."""
     number = jnp.where(units >= 0, members.fat[jnp.maximum(units, 0)], -1)
     lanes = members.fat_lanes  # there are never more units than lanes
     asked = jnp.zeros(lanes.size, bool).at[jnp.where(number < 0, lanes.size, number)].set(True, mode="drop")
-    return number, jnp.any(asked[lanes], axis=1)
+    wanted = jnp.any(asked[lanes], axis=1)
+    order, count = jnp.argsort(jnp.logical_not(wanted), stable=True), jnp.sum(wanted.astype(jnp.int32))
+
+    # A loop as long as there are any, and no lax.cond in one over all: products within a cond took 1.7 times as long on a CPU.
+    def step(carry):
+        return carry[0] + 1, body(carry[1], order[carry[0]], number)
+
+    return number, lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), state))[1]
 
 
 def _within(number, lanes):
@@ -53,54 +60,43 @@ def _within(number, lanes):
 
 def fill(values, hidden, unembed, units, members, alone):
     """``values`` with the places of fat units filled in."""
-    number, wanted = _wanted(units, members)
-    numbers, (count, width) = members.fat_lanes, members.fat_lanes.shape
+    width = members.fat_lanes.shape[1]
 
-    def body(running, index):
-        def step(maximum, total):
-            logits = _block(index, hidden, unembed, members, alone)[2].reshape(-1, MOST, width)
-            segments = numbers[index] - numbers[index, 0]
-            # Over the lanes of each unit: its own maximum, so that none is lost next to another of far larger mass.
-            over = {"segment_ids": segments, "num_segments": width, "indices_are_sorted": True}
-            most = jnp.maximum(jax.ops.segment_max(jnp.max(logits, axis=1).T, **over), -planes.LARGEST).T
-            terms = jnp.sum(jnp.exp(logits - most[:, segments][:, None]), axis=1)
-            sums = jax.ops.segment_sum(terms.T, **over).T
-            at = _within(number, numbers[index])
-            most, sums = (jnp.take_along_axis(x, jnp.minimum(at, width - 1), axis=1) for x in (most, sums))
-            new = jnp.where(at < width, jnp.maximum(maximum, most), maximum)
-            more = jnp.where(at < width, sums * jnp.exp(most - new), 0)
-            return new, total * jnp.exp(maximum - new) + more
-
-        return lax.cond(wanted[index], step, lambda *running: running, *running), None
+    def body(running, index, number):
+        maximum, total = running
+        lanes = members.fat_lanes[index]
+        logits = _block(index, hidden, unembed, members, alone)[2].reshape(-1, MOST, width)
+        # Over the lanes of each unit: its own maximum, so that none is lost next to another of far larger mass.
+        over = {"segment_ids": lanes - lanes[0], "num_segments": width, "indices_are_sorted": True}
+        most = jnp.maximum(jax.ops.segment_max(jnp.max(logits, axis=1).T, **over), -planes.LARGEST).T
+        terms = jnp.sum(jnp.exp(logits - most[:, lanes - lanes[0]][:, None]), axis=1)
+        sums = jax.ops.segment_sum(terms.T, **over).T
+        at = _within(number, lanes)
+        most, sums = (jnp.take_along_axis(x, jnp.minimum(at, width - 1), axis=1) for x in (most, sums))
+        new = jnp.where(at < width, jnp.maximum(maximum, most), maximum)
+        return new, total * jnp.exp(maximum - new) + jnp.where(at < width, sums * jnp.exp(most - new), 0)
 
     start = jnp.full(values.shape, -planes.LARGEST), jnp.zeros(values.shape, jnp.float32)
-    running = lax.scan(body, start, jnp.arange(count, dtype=jnp.int32))[0]
+    number, running = _walk(body, start, units, members)
     return jnp.where(number >= 0, blocks.finish_logsumexp(running), values)
 
 
 def add_gradients(gradients, hidden, unembed, units, members, alone, values, cotangent):
     """Both gradients with the part of the fat units."""
-    number, wanted = _wanted(units, members)
-    numbers, (count, width) = members.fat_lanes, members.fat_lanes.shape
+    width = members.fat_lanes.shape[1]
 
-    def body(gradients, index):
-        def step():
-            _, matrix, logits = _block(index, hidden, unembed, members, alone)
-            # The places' cotangents go to the units of the block, and from there to the lanes.
-            at, mine = _within(number, numbers[index]), numbers[index] - numbers[index, 0]
-            empty = jnp.zeros(width, jnp.float32)
-            grad = jax.vmap(lambda at, x: empty.at[at].add(x, mode="drop"))(at, cotangent)[:, mine]
-            value = jax.vmap(lambda at, x: (empty + planes.LARGEST).at[at].set(x, mode="drop"))(at, values)[:, mine]
-            grad = jnp.tile(grad, (1, MOST)) * jnp.exp(logits - jnp.tile(value, (1, MOST)))
-            d_rows = lax.dot_general(grad, hidden.astype(jnp.float32), (((0,), (0,)), ((), ())))
-            return grad @ matrix.astype(jnp.float32), d_rows
-
-        def nothing():
-            return jnp.zeros(hidden.shape, jnp.float32), jnp.zeros((members.fat_rows.shape[1], hidden.shape[1]), jnp.float32)
-
-        rows = members.fat_rows[index]
-        d_hidden, d_rows = lax.cond(wanted[index], step, nothing)
+    def body(gradients, index, number):
+        lanes = members.fat_lanes[index]
+        rows, matrix, logits = _block(index, hidden, unembed, members, alone)
+        # The places' cotangents go to the units of the block, and from there to the lanes.
+        at, mine = _within(number, lanes), lanes - lanes[0]
+        empty = jnp.zeros(width, jnp.float32)
+        grad = jax.vmap(lambda at, x: empty.at[at].add(x, mode="drop"))(at, cotangent)[:, mine]
+        value = jax.vmap(lambda at, x: (empty + planes.LARGEST).at[at].set(x, mode="drop"))(at, values)[:, mine]
+        grad = jnp.tile(grad, (1, MOST)) * jnp.exp(logits - jnp.tile(value, (1, MOST)))
+        d_rows = lax.dot_general(grad, hidden.astype(jnp.float32), (((0,), (0,)), ((), ())))
+        d_hidden, d_unembed = gradients
         rows = jnp.where(rows < 0, unembed.shape[0], rows)
-        return (gradients[0] + d_hidden, gradients[1].at[rows].add(d_rows, mode="drop")), None
+        return d_hidden + grad @ matrix.astype(jnp.float32), d_unembed.at[rows].add(d_rows, mode="drop")
 
-    return lax.scan(body, gradients, jnp.arange(count, dtype=jnp.int32))[0]
+    return _walk(body, gradients, units, members)[1]

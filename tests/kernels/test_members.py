@@ -125,10 +125,11 @@ def test_large_logits_lose_nothing():
     hidden = jnp.asarray([[300.0], [-300.0]])
     unembed = jnp.asarray(np.linspace(-1, 1, V), jnp.float32)[:, None]
     low_and_high = np.where(np.arange(V) < 100, 0, np.where(np.arange(V) < 300, np.arange(V), 399))
-    units = np.array([[0, -1, 150], [0, 399, 150]], np.int32)
-    expected = reference(hidden, unembed, units, None, np.ones((2, 3)), [low_and_high])
-    for thin, block in ((16, 2048), (16, 16), (400, 2048)):  # both in one block, in several, gathered
-        close(ours(hidden, unembed, units, members([low_and_high], thin, block), None, jnp.ones((2, 3)), 1 << 20), expected)
+    for units in ([[0, -1, 150], [0, 399, 150]], [[399, -1, 150]] * 2):  # also without the first unit of a block
+        units = np.array(units, np.int32)
+        expected = reference(hidden, unembed, units, None, np.ones((2, 3)), [low_and_high])
+        for thin, block in ((16, 2048), (16, 16), (400, 2048)):  # both in one block, in several, gathered
+            close(ours(hidden, unembed, units, members([low_and_high], thin, block), None, jnp.ones((2, 3)), 1 << 20), expected)
 
 
 def test_what_is_no_unit_is_nothing():
