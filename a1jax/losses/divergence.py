@@ -12,8 +12,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Divergence = Literal["reverse"]
+Divergence = Literal["reverse", "forward", "jensen_shannon"]
 
+LOG_2 = 0.6931472
 LEAST_REST = 2.0**-24  # the smallest mass outside a support that float32 can tell from none: half a unit in the last place of 1
 
 
@@ -22,7 +23,22 @@ def reverse(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return jnp.exp(student) * (student - teacher)
 
 
-TERMS: dict[Divergence, Callable[[jax.Array, jax.Array], jax.Array]] = {"reverse": reverse}
+def forward(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """KL(teacher || student): p_t (log p_t - log p_s). Covers every mode of the teacher; unbounded where the student has no mass."""
+    return jnp.exp(teacher) * (teacher - student)
+
+
+def jensen_shannon(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Half the sum of both KLs to the mean m = (p_s + p_t) / 2. Symmetric, at most log 2; its gradient is never large."""
+    mean = jnp.logaddexp(student, teacher) - LOG_2
+    return 0.5 * (jnp.exp(student) * (student - mean) + jnp.exp(teacher) * (teacher - mean))
+
+
+TERMS: dict[Divergence, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "reverse": reverse,
+    "forward": forward,
+    "jensen_shannon": jensen_shannon,
+}
 
 
 def term(divergence: Divergence) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -38,6 +54,6 @@ def log_rest(log_mass: jax.Array) -> jax.Array:
     A mass that rounding brings to 1 or above leaves LEAST_REST, on both sides of a divergence alike: finite, no gradient.
     """
     log_mass = jnp.minimum(log_mass, -LEAST_REST)
-    half = -0.6931472
+    half = -LOG_2
     near_one = jnp.log(-jnp.expm1(jnp.maximum(log_mass, half)))  # each form is kept inside its own range, so that the
     return jnp.where(log_mass > half, near_one, jnp.log1p(-jnp.exp(jnp.minimum(log_mass, half))))  # other's gradient is finite

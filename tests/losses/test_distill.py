@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def ours(mode, k=K, block=16):
     return jax.jit(jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True))
 
 
-def dense(sh, sw, th, tw, weights, mode, k):
+def dense(sh, sw, th, tw, weights, mode, k, divergence):
     """The definitions, over whole logits."""
     logp, logq = jax.nn.log_softmax(sh @ sw.T), jax.nn.log_softmax(th @ tw.T)
     if mode != "full":
@@ -42,14 +43,22 @@ def dense(sh, sw, th, tw, weights, mode, k):
         logp, logq = jax.nn.log_softmax(logp), jax.nn.log_softmax(logq)
     if mode == "tail":
         logp, logq = (jnp.concatenate([x, jnp.log1p(-jnp.exp(x).sum(1, keepdims=True))], axis=1) for x in (logp, logq))
-    return jnp.sum(weights * jnp.sum(jnp.exp(logp) * (logp - logq), axis=1))
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    mean = jnp.log((p + q) / 2)
+    each = {
+        "reverse": p * (logp - logq),
+        "forward": q * (logq - logp),
+        "jensen_shannon": p * (logp - mean) / 2 + q * (logq - mean) / 2,
+    }[divergence]
+    return jnp.sum(weights * jnp.sum(each, axis=1))
 
 
 @functools.cache
-def dense_reference(mode):
+def dense_reference(mode, divergence="reverse"):
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in arrays())
-        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(functools.partial(dense, mode=mode, k=K), (0, 1)))(*wide))
+        function = functools.partial(dense, mode=mode, k=K, divergence=divergence)
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(function, (0, 1)))(*wide))
 
 
 def close(got, expected, tolerance=1e-4):
@@ -79,6 +88,57 @@ def test_value_and_gradient_equal_the_dense_form(mode):
         assert "distill/coverage" not in metrics
     else:
         np.testing.assert_allclose(metrics["distill/coverage"], coverage.sum(1)[on].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["salient", "tail", "full"])
+def test_every_divergence_equals_the_dense_form(mode):
+    names = get_args(divergence.Divergence)[1:]  # the first is tested above
+
+    @jax.jit
+    def run(sh, sw, th, tw, weights):
+        def loss(sh, sw, name):
+            return distill(sh, sw, th, tw, weights, k=K, mode=mode, divergence=name, block=16, coverage=False)[0]
+
+        return {name: jax.value_and_grad(loss, (0, 1))(sh, sw, name) for name in names}
+
+    found = run(*arrays())
+    assert set(found) == {"forward", "jensen_shannon"}
+    for name, (loss, grads) in found.items():
+        expected, expected_grads = dense_reference(mode, name)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        close(grads, expected_grads)
+
+
+def test_divergences_by_hand():
+    p, q = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.log(jnp.array([0.25, 0.25, 0.5]))
+    found = jax.jit(lambda p, q: {name: (jnp.sum(term(p, q)), jnp.sum(term(q, p))) for name, term in divergence.TERMS.items()})(p, q)
+    # Both KLs: 1/2 log 2 - 1/4 log 2. The mean is (3/8, 1/4, 3/8).
+    half = (0.5 * np.log(4 / 3) + 0.25 * np.log(2 / 3)) / 2
+    for name, expected in {"reverse": np.log(2) / 4, "forward": np.log(2) / 4, "jensen_shannon": 2 * half}.items():
+        np.testing.assert_allclose(found[name], (expected, expected), rtol=1e-6, err_msg=name)
+    p, q = jnp.log(jnp.array([0.9, 0.1])), jnp.log(jnp.array([0.5, 0.5]))
+    both = (0.9 * np.log(1.8) + 0.1 * np.log(0.2), 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5))
+    for name, expected in {"reverse": both, "forward": both[::-1]}.items():  # not symmetric: which is which
+        term = divergence.TERMS[name]
+        np.testing.assert_allclose((jnp.sum(term(p, q)), jnp.sum(term(q, p))), expected, rtol=1e-5, err_msg=name)
+
+
+def test_properties_of_the_divergences():
+    rng = np.random.default_rng(8)
+    p, q = (jnp.asarray(rng.normal(size=(500, 9)) * rng.choice([0.1, 3, 30], (500, 1)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def run(p, q):
+        p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+        sums = lambda a, b: {name: jnp.sum(term(a, b), axis=1) for name, term in divergence.TERMS.items()}  # noqa: E731
+        return sums(p, q), sums(q, p), sums(p, p)
+
+    there, back, same = jax.tree.map(np.asarray, run(p, q))
+    assert all((x > 0).all() for x in there.values()) and not any(x.any() for name, x in same.items() if name != "jensen_shannon")
+    np.testing.assert_allclose(there["jensen_shannon"], back["jensen_shannon"], rtol=1e-5)
+    np.testing.assert_allclose(there["forward"], back["reverse"], rtol=1e-6)
+    assert (there["jensen_shannon"] <= np.log(2) + 1e-6).all() and there["jensen_shannon"].max() > 0.69  # some hardly overlap
+    np.testing.assert_allclose(same["jensen_shannon"], 0, atol=1e-6)
 
 
 def student_and_teacher(student, teacher):
@@ -236,6 +296,30 @@ def test_without_coverage_the_vocabulary_is_not_walked(largest):
         assert (largest(run(sh, sw).jaxpr) >= N * V) == coverage
 
 
+@pytest.mark.parametrize("mode", ["salient", "tail"])
+def test_coverage_that_is_decided_at_run_time(mode):
+    sh, sw, th, tw, weights = arrays()
+    targets = TARGETS(th, tw, K, 16)
+
+    @jax.jit
+    def run(sh, sw, coverage):
+        def loss(sh, sw):
+            common = {"teacher_logsumexp": targets.logsumexp, "mode": mode, "block": 16}
+            return sva(sh, sw, targets.logits, targets.support, weights, coverage=coverage, **common)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(sh, sw)
+
+    (expected, metrics), grads = ours(mode)(sh, sw, th, tw, weights)
+    for coverage in (True, False):
+        (found, some), found_grads = run(sh, sw, coverage)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        close(found_grads, jax.tree.map(np.asarray, grads[:2]), 1e-6)
+        assert some["distill/tokens"] == metrics["distill/tokens"] > 0
+        assert some["distill/coverage_tokens"] == coverage * metrics["distill/tokens"]
+        np.testing.assert_allclose(some["distill/coverage"], coverage * metrics["distill/coverage"], rtol=1e-6)
+        assert set(some) == {*metrics, "distill/coverage_tokens"}
+
+
 def test_log_rest():
     mass = np.asarray([-50.0, -3.0, -0.7, -0.6, -1e-3, -1e-6])
     rest = jax.jit(jax.vmap(jax.value_and_grad(divergence.log_rest)))
@@ -265,3 +349,5 @@ def test_wrong_arguments_are_refused():
         distill(sh, sw, th, tw, weights, k=V + 1)
     with pytest.raises(ValueError, match="choose one of reverse"):
         inspect.unwrap(divergence.term)("jensen")
+    with pytest.raises(ValueError, match="alone .* needs members"):
+        sva(sh, sw, logits, support, weights, alone=jnp.zeros(N, jnp.int32))
