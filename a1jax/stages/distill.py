@@ -75,6 +75,11 @@ class DistillConfig:
             raise ConfigError(
                 f"DistillConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long"
             )
+        if self.mode == "sampled" and self.limits.temperature != 1:
+            raise ConfigError(
+                f"DistillConfig.mode 'sampled' is an estimate from tokens drawn at temperature 1, and limits.temperature is "
+                f"{self.limits.temperature}; set it to 1.0"
+            )
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("DistillConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
 
@@ -216,11 +221,8 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], settin
     missing = [d for d in setting.domains if d not in teachers]
     if missing:
         raise ConfigError(f"distill: no teacher for domain {missing[0]}; teachers are {', '.join(sorted(teachers))}")
-    strangers = [d for d in setting.domains if teachers[d].vocab_map is not None]
-    if strangers and setting.mesh is not None:
-        raise ConfigError(
-            f"distill: the teacher of {strangers[0]} has another tokenizer, which needs one device so far: set mesh.shape={{}}"
-        )
+    for domain in setting.domains:
+        scoring.check_mesh(teachers[domain], setting.mesh, f"of {domain}")
     scorers, members = scoring.make_scorers(
         {d: teachers[d] for d in setting.domains},
         setting.tokenizer,

@@ -84,7 +84,7 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 def open_checkpoints(cfg: Experiment, setting: Setting) -> dict[str, Teacher]:
     """Name as in the table -> teacher, for the domains that need no stage 2. Raises ConfigError where one cannot teach this student."""
     student = (setting.model, setting.tokenizer)
-    return {teacher.stage_name(d): scoring.open_checkpoint(source, student) for d, source in cfg.checkpoints.items()}
+    return {teacher.stage_name(d): scoring.open_checkpoint(source, student, setting.mesh) for d, source in cfg.checkpoints.items()}
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .. import checkpoint
 from .. import params as param_specs
@@ -54,6 +55,7 @@ def open_teacher(
 ) -> Teacher:
     """The teacher, with the map that its tokenizer needs; alignment as in ``vocab_map.build``, empty: by the two tokenizers.
 
+    A teacher of the student's tokenizer whose matrices are padded to more rows loses the rows that the student has not.
     Raises ConfigError where a tokenizer has more ids than its model, or the alignment does not suit them.
     """
     tables = []
@@ -63,6 +65,11 @@ def open_teacher(
                 f"the {side}'s tokenizer {own.path} has {own.vocab_size} ids, its model {cfg.vocab_size}: they do not belong together"
             )
         tables.append(byte_table.of(own, cfg.vocab_size))
+    rows = student[0].vocab_size
+    if alignment in ("", "identity") and model.vocab_size > rows and byte_table.of(tokenizer).hash == byte_table.of(student[1]).hash:
+        names = ("embed_tokens",) if model.tie_embeddings else ("embed_tokens", "lm_head")
+        params = {**params, **{name: params[name][:rows] for name in names}}
+        return Teacher(params, dataclasses.replace(model, vocab_size=rows), tokenizer)
     made = vocab_map.build(*tables, alignment or None)
     return Teacher(params, model, tokenizer, None if made.mode == "identity" else made)
 
@@ -72,22 +79,45 @@ class Checkpoint:
     """A teacher that exists already, instead of one that stage 2 makes."""
 
     params: str  # a parameters folder, of `a1jax import` or of a stage
-    tokenizer: str = ""  # the one it was trained with; empty: the one in that folder, or the student's where it holds none
+    tokenizer: str = ""  # the one it was trained with; empty: the one in that folder, of a stage its run's; where none is, the student's
     alignment: str = ""  # identity, two_sided, one_sided or shared; empty: identity where the tokenizers are the same, else two_sided
 
 
-def open_checkpoint(source: Checkpoint, student: tuple[ModelConfig, Tokenizer]) -> Teacher:
-    """The teacher of a checkpoint, of any architecture. Raises ConfigError where its folder or tokenizer is missing or does not fit."""
+def open_checkpoint(source: Checkpoint, student: tuple[ModelConfig, Tokenizer], mesh: Mesh | None = None) -> Teacher:
+    """The teacher of a checkpoint, of any architecture, read where it will lie.
+
+    Raises ConfigError where its folder or tokenizer is missing or does not fit, and for another tokenizer under a mesh."""
     folder = pathlib.Path(source.params)
     model, _ = folders.read_model(folder)
-    inside = [f for pattern in ("tokenizer.json*", "*.model", "*.tiktoken") for f in folder.glob(pattern)]
-    path = source.tokenizer or (str(folder) if inside else "")
+    path = source.tokenizer or _tokenizer_of(folder)
     try:
         tokenizer = tokenizers.load(path) if path else student[1]
     except DataError as error:
         raise ConfigError(f"the teacher's tokenizer: {error}") from None
-    params = checkpoint.load_params(folder / "params", param_specs.abstract(transformer.specs(model)))
-    return open_teacher(params, model, tokenizer, student, source.alignment)
+    specs = transformer.specs(model)
+    shapes = param_specs.abstract(specs)
+    if mesh is not None:
+        placed = param_specs.shardings(specs, mesh)
+        shapes = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+    teacher = open_teacher(checkpoint.load_params(folder / "params", shapes), model, tokenizer, student, source.alignment)
+    check_mesh(teacher, mesh, source.params)
+    return teacher
+
+
+def check_mesh(teacher: Teacher, mesh: Mesh | None, name: str) -> None:
+    """Raises ConfigError for a teacher of another tokenizer under a mesh."""
+    if teacher.vocab_map is not None and mesh is not None:
+        raise ConfigError(f"distill: the teacher {name} has another tokenizer, which needs one device so far: set mesh.shape={{}}")
+
+
+def _tokenizer_of(folder: pathlib.Path) -> str:
+    """Path of the tokenizer that lies in a parameters folder, or in the run that a stage's folder belongs to; empty for none."""
+    patterns = ("tokenizer.json*", "*.model", "*.model.v*", "*.tiktoken")
+    if any(any(folder.glob(pattern)) for pattern in patterns):
+        return str(folder)
+    stages = folder.resolve().parent
+    trained = stages.parent / "tokenizer.model"  # of runs/<name>/stages/<stage>
+    return str(trained) if stages.name == "stages" and trained.is_file() else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,5 +262,5 @@ def _turns(placed: Placed, read: Sequence[views.View], row: Sequence[int], start
         for (a, b), (c, d) in zip(view.ours, view.theirs, strict=True):
             ours = placed.row[n] * length + placed.start[n] + np.arange(a, b) - 1
             at = np.arange(c, d) - 1
-            theirs = np.where(at + 1 < max_length, row[n] * max_length + start[n] + at, -1)
+            theirs = np.where(at < max_length, row[n] * max_length + start[n] + at, -1)
             yield positions.Turn(run.tokens[a:b], view.tokens[c:d], ours, theirs)

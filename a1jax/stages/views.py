@@ -42,14 +42,15 @@ def view_all(runs: Sequence[Rollout], student: Tokenizer, teacher: Tokenizer, sh
     ]
     encoded = iter(teacher.encode_batch(texts))
     return [
-        _view(run, own, [next(encoded) + [teacher.eos_id] * int(end) for end in ends], teacher, show_tools)
+        _view(run, own, [next(encoded) + [teacher.eos_id] * int(end) for end in ends], sum(ends), teacher, show_tools)
         for run, own, ends in zip(runs, written, ended, strict=True)
     ]
 
 
-def _view(run: Rollout, ours: list[tuple[int, int]], ids: list[list[int]], teacher: Tokenizer, show_tools: bool) -> View:
+def _view(run: Rollout, ours: list[tuple[int, int]], ids: list[list[int]], ended: int, teacher: Tokenizer, show_tools: bool) -> View:
     messages, tools = list(run.trajectory.messages), run.trajectory.tools if show_tools else ()
     models = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    models = models[len(models) - ended :]  # a turn that ended is a message; those before belong to the prompt
     first = models[0] if models else len(messages)
     tokens = chat.tokenize(teacher, messages[:first], tools=tools, add_generation_prompt=True)[0].tolist()
     theirs = []

@@ -2,20 +2,22 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from a1jax import checkpoint, optim, train
+from a1jax import checkpoint, optim, sharding, train
 from a1jax.align import byte_table
 from a1jax.config import ConfigError, bind
 from a1jax.data import chat
+from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import DOMAINS, solve
 from a1jax.models import transformer
 from a1jax.rollout.agent import Limits
-from a1jax.stages import distill, folders, scoring
+from a1jax.stages import cross_tokenizer, distill, experts, folders, scoring
 from a1jax.stages.distill import DistillConfig
 from a1jax.types import FINISHED, Rollout
 
@@ -175,9 +177,9 @@ def test_what_cannot_be_aligned_is_masked_and_counted(setting, stranger, runs):
     assert run.sampled[:cut].any() and run.sampled[cut + 1 :].any()
     short = dataclasses.replace(CFG, teacher_max_length=cut)
     data, _, shares = batch_of([run, *others], setting, dict.fromkeys(setting.domains, stranger), short)
-    lost = 1 - run.sampled[:cut].sum() / run.sampled.sum()
-    assert shares[f"align/masked/{run.domain}"] == pytest.approx(lost)
-    assert np.asarray(data["batch"].mask)[0].sum() == run.sampled[:cut].sum()
+    read = run.sampled[: cut + 1].sum()  # the last token that is read says what the next one is
+    assert shares[f"align/masked/{run.domain}"] == pytest.approx(1 - read / run.sampled.sum())
+    assert np.asarray(data["batch"].mask)[0].sum() == read
 
 
 def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkeypatch):
@@ -204,24 +206,71 @@ def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkey
     assert all(line["align/positions"] > 0 and "align/masked" in line for line in lines)
 
 
+def stored(model, folder):
+    """A parameters folder of random parameters."""
+    checkpoint.save_params(folder / "params", jax.tree.map(jnp.asarray, _init(model)))
+    folders.write_model(folder, model, {})
+    return str(folder)
+
+
 def test_a_checkpoint_teaches_and_what_does_not_fit_is_refused(setting, models, order, tmp_path):
     student = (setting.model, setting.tokenizer)
-    wide = dataclasses.replace(setting.model, d_model=24, vocab_size=650)
-    checkpoint.save_params(tmp_path / "params", jax.tree.map(jnp.asarray, _init(wide)))
-    folders.write_model(tmp_path, wide, {})
-    found = scoring.open_checkpoint(scoring.Checkpoint(str(tmp_path)), student)
-    assert found.model == wide and found.vocab_map.mode == "two_sided"  # 10 rows of padding: other byte tables, the same tokens
-    assert (found.vocab_map.unit_of_teacher[: setting.tokenizer.vocab_size] >= 0).mean() > 0.99
+    wide = dataclasses.replace(setting.model, d_model=24, vocab_size=650, tie_embeddings=False)
+    source = stored(wide, tmp_path)
+    found = scoring.open_checkpoint(scoring.Checkpoint(source), student)
+    assert found.vocab_map is None and found.model == dataclasses.replace(wide, vocab_size=640)  # the same tokens: padding is left out
+    assert {found.params[name].shape for name in ("embed_tokens", "lm_head")} == {(640, 24)}
+    found = scoring.open_checkpoint(scoring.Checkpoint(source, alignment="two_sided"), student)
+    assert found.model == wide and (found.vocab_map.unit_of_teacher[: setting.tokenizer.vocab_size] >= 0).mean() > 0.99
     for source, message in (
         (scoring.Checkpoint(str(tmp_path / "no")), "no such folder"),
         (scoring.Checkpoint(str(tmp_path), tokenizer=str(tmp_path / "none.model")), "teacher's tokenizer: no tokenizer file"),
-        (scoring.Checkpoint(str(tmp_path), alignment="identity"), "identity needs one tokenizer"),
         (scoring.Checkpoint(str(tmp_path), alignment="both"), "alignment mode is 'both'"),
     ):
         with pytest.raises(ConfigError, match=message):
             scoring.open_checkpoint(source, student)
     with pytest.raises(ConfigError, match="has 640 ids, its model 600"):
         scoring.open_teacher(models[1], dataclasses.replace(setting.model, vocab_size=600), setting.tokenizer, student)
+    with pytest.raises(ConfigError, match="identity needs one tokenizer"):
+        scoring.open_teacher(models[1], setting.model, shuffled(setting.tokenizer, order), student, "identity")
+
+
+def test_a_stage_of_another_run_is_read_with_the_tokenizer_of_that_run(setting, tmp_path):
+    student = (setting.model, setting.tokenizer)
+    folder = tmp_path / "stages" / "sft"
+    folder.mkdir(parents=True)
+    source = scoring.Checkpoint(stored(setting.model, folder))
+    assert scoring.open_checkpoint(source, student).tokenizer is setting.tokenizer  # that run has none of its own
+    path = tmp_path / "tokenizer.model"
+    train_sentencepiece(experts.tokenizer_texts(setting.domains, 1), path, vocab_size=600, symbols=cross_tokenizer.digits(setting.domains))
+    found = scoring.open_checkpoint(source, student)
+    assert found.tokenizer.path == str(path) and found.vocab_map.mode == "two_sided"
+    shutil.copy(path, folder / "tokenizer.model.v3")  # a name that Mistral's have; what lies in the folder comes first
+    assert scoring.open_checkpoint(source, student).tokenizer.path == str(folder / "tokenizer.model.v3")
+    mesh = sharding.make_mesh({"fsdp": 2}, jax.devices()[:2])
+    with pytest.raises(ConfigError, match="another tokenizer, which needs one device"):  # before anything is trained
+        scoring.open_checkpoint(source, student, mesh)
+
+
+def test_a_checkpoint_of_the_same_tokenizer_scores_on_a_mesh(setting, runs, tmp_path):
+    student, model = (setting.model, setting.tokenizer), dataclasses.replace(setting.model, d_model=24)
+    source = scoring.Checkpoint(stored(model, tmp_path))
+    mesh = sharding.make_mesh({"fsdp": 2}, jax.devices()[:2])
+    placed = distill.pack_domain(runs[:2], 0, 2, 96)
+    out = []
+    for where in (None, mesh):
+        teacher = scoring.open_checkpoint(source, student, where)
+        scorers, _ = scoring.make_scorers({"search": teacher}, setting.tokenizer, CFG.k, 256, False, False, 96)
+        here = dataclasses.replace(setting, mesh=where)
+        with here.on_mesh():
+            out.append(scorers["search"].score(placed, here.put(jax.tree.map(jnp.asarray, placed.batch)))[1])
+    np.testing.assert_array_equal(out[1]["support"], out[0]["support"])
+    np.testing.assert_allclose(out[1]["teacher_logits"], out[0]["teacher_logits"], atol=2e-5)
+
+
+def test_sampled_at_another_temperature_is_refused():
+    with pytest.raises(ConfigError, match="drawn at temperature 1, and limits.temperature is 0.7"):
+        DistillConfig(mode="sampled", limits=dataclasses.replace(LIMITS, temperature=0.7), max_length=96)
 
 
 def _init(model):

@@ -1,5 +1,7 @@
 """A run in another tokenizer: the same conversation, the same turns, the same bytes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -52,13 +54,58 @@ def test_what_was_sampled_is_kept_and_a_cut_turn_has_no_end(tokenizer, digits):
     sampled = np.zeros(len(ids), np.float32)
     sampled[: len(run.sampled)] = run.sampled[: len(ids)]
     sampled[start:] = 1
-    cut = Rollout(run.task_id, run.domain, np.asarray(ids, np.int32), sampled, -sampled, "TRUNCATED", 0.0, 3, run.trajectory)
+    kept = dataclasses.replace(run.trajectory, messages=run.trajectory.messages[:-1])  # a turn that did not end is no message
+    cut = Rollout(run.task_id, run.domain, np.asarray(ids, np.int32), sampled, -sampled, "TRUNCATED", 0.0, 3, kept)
     (view,) = views.view_all([cut], tokenizer, digits, False)
     assert view.ours[-1] == (start, len(ids)) and view.theirs[-1][1] == len(view.tokens)
     assert digits.decode(view.tokens[slice(*view.theirs[-1])].tolist()) == tokenizer.decode(ids[start:])
     assert view.tokens[-1] != digits.eos_id
     earlier = views.view_all([run], tokenizer, digits, False)[0]
     np.testing.assert_array_equal(view.tokens[: view.theirs[-1][0]], earlier.tokens[: earlier.theirs[-1][0]])
+
+
+def test_a_models_turn_in_the_prompt_is_not_a_turn_of_the_run(tokenizer, digits):
+    """An example that the prompt shows is rendered; only what was sampled is aligned."""
+    run = expert_run(tokenizer, steps=2)
+    shown = ({"role": "user", "content": "3?"}, {"role": "assistant", "content": "12", "reasoning_content": ""})
+    ours, theirs = (chat.tokenize(t, list(shown))[0] for t in (tokenizer, digits))
+    longer = dataclasses.replace(
+        run,
+        tokens=np.concatenate([ours, run.tokens]),
+        sampled=np.concatenate([np.zeros(len(ours), np.float32), run.sampled]),
+        trajectory=dataclasses.replace(run.trajectory, messages=(*shown, *run.trajectory.messages)),
+    )
+    plain, view = (views.view_all([r], tokenizer, digits, False)[0] for r in (run, longer))
+    np.testing.assert_array_equal(view.tokens, np.concatenate([theirs, plain.tokens]))
+    assert view.theirs == tuple((a + len(theirs), b + len(theirs)) for a, b in plain.theirs)
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% if loop.last %}{{ m.reasoning_content }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% else %}{{ m.content }}|\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_teacher_with_a_template_reads_the_frame_of_that_template_and_the_students_own_words(tokenizer, digits):
+    """The template drops the thoughts of earlier turns; what the student wrote stays, as in a rollout of the teacher's own."""
+    run, teacher = expert_run(tokenizer, steps=2), digits.with_template(TEMPLATE)
+    (view,) = views.view_all([run], tokenizer, teacher, False)
+    spelled, start = "", 0
+    for a, b in view.theirs:
+        assert view.tokens[b - 1] == digits.eos_id
+        spelled += digits.decode(view.tokens[start:a].tolist()) + "{" + digits.decode(view.tokens[a : b - 1].tolist()) + "}"
+        start = b
+    assert start == len(view.tokens)
+    expected, turn = "", 0
+    for message in run.trajectory.messages:
+        expected += f"[{message['role']}]"
+        if message["role"] == "assistant":
+            a, b = views.turns(run.sampled)[turn]
+            expected, turn = expected + "{" + tokenizer.decode(run.tokens[a : b - 1].tolist()) + "}\n", turn + 1
+        else:
+            expected += message["content"] + "|\n"
+    assert spelled == expected.removesuffix("\n")
 
 
 def test_turns_of_a_mask():
