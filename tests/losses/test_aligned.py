@@ -28,7 +28,7 @@ def make_fold(seed):
 
 
 FOLDS = (make_fold(1), make_fold(2))
-MEMBERS = members(FOLDS, 4, 32)
+MEMBERS = members(FOLDS, 4, 32, (np.arange(V), np.arange(V), np.arange(V) + 1))  # no id begins with the bytes of another
 
 
 def batch(seed=0):
@@ -53,6 +53,7 @@ def batch(seed=0):
         if n % 4 < 2:  # the token written is no unit: one of the fat unit, of a thin one, or of none
             outside = np.flatnonzero((fold != np.arange(V)) & ((fold == chosen[0]) | (fold == -1) if n % 8 < 4 else True))
             alone[n], values[n, -1] = rng.choice(outside), np.log(mass[K - 1])
+            units[n, -1] = alone[n] + n % 2 * V
         elif n % 4 == 2:  # it is a unit that was not among the best
             values[n, -1], units[n, -1] = np.log(mass[K - 1]), rng.choice(np.setdiff1d(own, chosen)) + n % 2 * V
     singles = (jnp.asarray(x, jnp.float32) for x in (hidden, unembed, values))
