@@ -146,9 +146,8 @@ def full_aligned(
 
 def _divergence(student_hidden, student_unembed, teacher_hidden, teacher_unembed, plan, low, high, chain, term, block):
     score, source, unit, alone = (jnp.asarray(x)[:, None] for x in chain)
-    chained = ((source >= 0) | (unit >= 0) | (alone >= 0)) & ~jnp.isneginf(score)
-    alone = jnp.where(chained, alone, -1)
-    moves = chained & ((source != unit) | (alone >= 0))
+    moves = ((source >= 0) | (unit >= 0) | (alone >= 0)) & ~jnp.isneginf(score)
+    alone = jnp.where(moves, alone, -1)
     plan = Plan(*(jnp.asarray(x) for x in plan))
     low, high = (jnp.asarray(x)[:, None] for x in (low, high))
 
