@@ -191,7 +191,10 @@ def test_a_student_that_agrees_has_no_loss():
     with np.errstate(divide="ignore"):
         own = np.log((classes(np.asarray(units), np.asarray(alone)) * p[:, None]).sum(2))
     agreed = jnp.where(jnp.isneginf(values), -jnp.inf, jnp.asarray(own, jnp.float32))
+    nobody = int(np.setdiff1d(np.arange(V), FOLDS[0])[0])  # a unit of no id, which a map that fits never names: no mass, but no NaN
     for mode in MODES:
+        strange = ours(mode)(hidden, unembed, values, units.at[6, 1].set(nobody), alone, weights, MEMBERS)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(strange))
         for (loss, metrics), grads in ours(mode)(hidden, unembed, agreed, units, alone, weights, MEMBERS).values():
             np.testing.assert_allclose(loss, 0, atol=2e-6)
             assert all(np.abs(g).max() < 1e-5 for g in grads) and metrics["distill/kl"] < 1e-6
