@@ -42,10 +42,10 @@ def get_config(arg: str = "") -> CrossTokenizer:
         "pieces": family(bind(cross_tokenizer.pieces), 720, 344),
         "digits": family(bind(cross_tokenizer.digits), 608, 304),
     }
-    arms = {"same tokenizer": Arm("same")}
+    arms = {"same_tokenizer": Arm("same")}
     for name in ("pieces", "digits"):
         for alignment in ("two_sided", "one_sided", "shared"):
-            arms[f"{name}, {alignment}"] = Arm(name, alignment, {"teacher_max_length": families[name].limits.max_length})
+            arms[f"{name}_{alignment}"] = Arm(name, alignment, {"teacher_max_length": families[name].limits.max_length})
     cfg = CrossTokenizer(
         name="cross_tokenizer",
         main=bind(report.run),
