@@ -22,7 +22,7 @@ import numpy as np
 from a1jax.align import spans
 from a1jax.align.slices import slices
 from a1jax.align.spans import Ids
-from a1jax.align.sums import Entries, Flat, Queries, bucket, joined, members, narrow_sums, pad, ranges, unit_at
+from a1jax.align.sums import Entries, Flat, Queries, bucket, continuing, joined, members, narrow_sums, pad, ranges, unit_at
 from a1jax.align.trie import NONE
 from a1jax.align.vocab_map import VocabMap
 from a1jax.config import ConfigError
@@ -67,9 +67,14 @@ def positions(turns: Sequence[Turn], vocab_map: VocabMap, capacity: int = CAPACI
     end[whole] = entries.add(flat.teacher_row[flat.last[whole]], ids, count) + np.arange(len(whole))
     gaining = np.flatnonzero(flat.unit != NONE)
     ids, count = members(vocab_map, flat, gaining)
-    sums = bucket(entries.sums + len(gaining) + 1)
+    begun = np.flatnonzero((flat.alone != NONE) & (flat.offset > 0))
+    apart, number_apart = continuing(vocab_map, flat, begun)
+    sums = bucket(entries.sums + len(gaining) + len(begun) + 1)
     mass = np.full(len(links), sums - 1, np.int64)
     mass[gaining] = entries.add(flat.teacher_row[flat.teacher[gaining]], ids, count) + np.arange(len(gaining))
+    mass[begun] = entries.add(flat.teacher_row[flat.teacher[begun]], apart, number_apart) + np.arange(len(begun))
+    loser = np.full(len(links), NONE, np.int64)
+    loser[begun] = vocab_map.unit_of_student[flat.alone[begun]]
     units = pad(sum_unit, sums, NONE)
     row, token, which = entries.arrays(sums)
 
@@ -100,7 +105,8 @@ def positions(turns: Sequence[Turn], vocab_map: VocabMap, capacity: int = CAPACI
         term_over=pad(over, terms), term_under=pad(under, terms), term_position=pad(position, terms, count),
         row=pad(flat.student_row, count, np.iinfo(np.int32).max), place=pad(best, count), total=pad(total, count),
         mass=pad(mass, count, sums - 1), source=pad(np.where(links > 0, flat.source, NONE), count, NONE),
-        unit=pad(flat.unit, count, NONE), alone=pad(flat.alone, count, NONE), width=bucket(int(number.max(initial=1))),
+        unit=pad(flat.unit, count, NONE), alone=pad(flat.alone, count, NONE), loser=pad(loser, count, NONE), chained=pad(links > 0, count),
+        width=bucket(int(number.max(initial=1))),
         counts={"entries": entries.count, "rows": int(flat.teacher_row.max(initial=-1)) + 1,
                 "student_rows": int(max(flat.student_row.max(initial=-1), flat.masked.max(initial=-1))) + 1},
         masked=flat.masked.astype(np.int32), shares=_shares(flat, links > 0), key=key(vocab_map, capacity),

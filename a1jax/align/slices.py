@@ -29,7 +29,7 @@ class Slices:
     end_high: np.ndarray
     source: np.ndarray  # the unit that the mass of the teacher's token at ``teacher`` went to, NONE for the residual
     unit: np.ndarray  # the unit that the student's token is compared in; where chained, exp(s_i) moves from ``source`` to it
-    alone: np.ndarray  # ... unless this is the student's token: exp(s_i) then moves to it as a class of its own; NONE elsewhere
+    alone: np.ndarray  # ... unless this is the student's token, set apart with what begins with it (``Target.alone``); NONE elsewhere
 
 
 def slices(vocab_map: VocabMap, spans: Spans, student_ids: Ids, teacher_ids: Ids) -> Slices:
@@ -50,5 +50,6 @@ def slices(vocab_map: VocabMap, spans: Spans, student_ids: Ids, teacher_ids: Ids
     made["end_low"][at] = np.where(one, vocab_map.rank[token], vocab_map.low[part])
     made["end_high"][at] = np.where(one, vocab_map.rank[token] + 1, vocab_map.high[part])
     made["source"][at], made["unit"][at] = vocab_map.suffix[first], vocab_map.unit_of_student[ours[at]]
-    made["alone"][at] = np.where(spans.chained[at] & stands_alone(vocab_map, ours[at]), ours[at], NONE)
+    apart = (spans.chained[at] | pending) & stands_alone(vocab_map, ours[at])
+    made["alone"][at] = np.where(apart, ours[at], NONE)
     return Slices(**made)

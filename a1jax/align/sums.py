@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from a1jax.align import extensions
 from a1jax.align.trie import NONE
 from a1jax.align.vocab_map import VocabMap
 
@@ -145,6 +146,14 @@ def members(vocab_map: VocabMap, flat: Flat, at: np.ndarray) -> tuple[np.ndarray
     high = np.where(offset > 0, vocab_map.high[place], len(vocab_map.order))
     first, stop = (np.searchsorted(keys, _key_of(vocab_map, offset, flat.unit[at], rank)) for rank in (low, high))
     return ids[ranges(first, stop - first)], stop - first
+
+
+def continuing(vocab_map: VocabMap, flat: Flat, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(teacher ids, how many) of what is set apart with each position's ``alone``: see ``extensions.continuing``."""
+    tokens = flat.teacher_id[flat.teacher[at]]
+    keys = zip(tokens.tolist(), flat.offset[at].tolist(), flat.alone[at].tolist(), strict=True)
+    found = [extensions.continuing(vocab_map, *key) for key in keys]
+    return joined(found), np.fromiter(map(len, found), np.int64, len(found))
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
-"""On-policy distillation by salient vocabulary alignment (SVA).
+"""On-policy distillation by salient vocabulary alignment (SVA), of a teacher with the student's tokenizer or with another one.
 
-At every token the student wrote, S is the teacher's k best ids; with a teacher of another tokenizer the k best units of the student's
-vocabulary and, at a chained position, the token that was written (``kernels.vocab_align.targets``). Both distributions are renormalised on
-S and compared there (arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient need k rows of its
-output matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported unless refused.
+At every token the student wrote, S is the teacher's k best ids; with another tokenizer its k best *units*, each a sum over ids of the
+student (``members``), and the token really written where it has to be compared on its own (``alone``). Both distributions are
+renormalised on S and compared there (arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient
+need k rows of its output matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported
+unless refused.
 
     salient  renormalised on S: the paper. Never negative. Zero only if both agree on S.
     tail     one more class holds the rest on both sides: sees mass outside S, costs the student's log-sum-exp and its gradient.
     full     the whole vocabulary (k = V): ``distill`` only, as it needs the teacher's hidden states and not its logits on S.
 
-The fourth mode looks at the written token alone: ``sampled``. Each has the divergences of ``divergence``.
+A fourth form, ``sampled``, needs one number of the teacher per token; it lies in its own file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from a1jax.kernels import vocab_align
+from a1jax.kernels.vocab_align.members import Members
 from a1jax.kernels.vocab_align.ops import SLAB
 from a1jax.losses import divergence as divergences
 from a1jax.losses.full_kl import full_divergence
@@ -64,29 +66,34 @@ def sva(
     block: int = 4096,
     slab: int = SLAB,
     valid: Valid = None,
-    members: vocab_align.Members | None = None,
-    alone: jax.Array | None = None,
+    members: Members | None = None,
+    alone: jax.Array | np.ndarray | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """sum over n of weights[n] * divergence[n], and metrics; gradient to the student's two arrays only.
 
     student_hidden [N, D]; student_unembed [V, D]; teacher_logits float32 [N, k] at support int32 [N, k] (distinct ids of a
     token; a logit of -inf marks a place no id takes); weights float32 [N] from ``masked.token_weights``.
     teacher_logsumexp [N]: mode "tail" only. coverage: False saves the student's log-sum-exp in mode "salient", the only
-    thing there that reads its whole output matrix; a traced bool measures where it is true and else reports 0 over 0 tokens, see below.
-    block, valid: of that log-sum-exp. slab: of ``gather_logits``, memory only.
+    thing there that reads its whole output matrix; a traced bool scalar decides that at run time. block, valid: of that log-sum-exp.
+    slab: of ``gather_logits``, memory only.
 
-    A teacher of another tokenizer: teacher_logits are log q of the classes (teacher_logsumexp 0), support their units, members the rows of
-    the student's matrix that each unit sums over, alone int32 [N] (-1: none) the id that is the class in the last place by itself and
-    counts in no unit: see ``vocab_align.gather_units``. A class that no row of the student's is in counts as an empty place.
+    members: with another tokenizer, from ``members.members``; support then holds units (-1: none), teacher_logits sums over their
+    ids, and a teacher_logsumexp that is not given is 0: they are log-probabilities already. alone int32 [N], -1 for none: an id that is
+    set apart from its unit as the class of the last place, see ``vocab_align.gather_units``. A token without any class adds 0.
 
     With p, q the renormalised probabilities, the reverse KL's gradient to the student's logit of u in S is
     weight * p_u * (log p_u - log q_u - KL), and zero outside S (vocabulary_alignment.md, section 3).
 
     Metrics over tokens with a weight (plain means): distill/kl, distill/teacher_entropy (of q: in nats, on the classes
-    compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number); where coverage is traced also
-    distill/coverage_tokens, the number of tokens it was measured at.
-    Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, and shapes that do not match.
+    compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number). Where coverage is traced,
+    distill/coverage_tokens is the number of tokens it was measured on, 0 where it was not, and distill/coverage is then 0.
+    Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, alone without members, and shapes
+    that do not match.
     """
+    if members is not None and teacher_logsumexp is None:
+        teacher_logsumexp = jnp.zeros(student_hidden.shape[:1], jnp.float32)
+    if alone is not None and (members is None or alone.shape != weights.shape):
+        raise ValueError(f"alone {alone.shape} needs members, and must be {weights.shape} as weights")
     _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp)
     term = divergences.term(divergence)
     teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
@@ -94,20 +101,20 @@ def sva(
     teacher = jnp.where(present, teacher_logits, ABSENT)
     if members is None:
         student = vocab_align.gather_logits(student_hidden, student_unembed, jnp.where(present, support, 0), slab)
+        student = jnp.where(present, student, ABSENT)
     else:
-        student = vocab_align.gather_units(student_hidden, student_unembed, support, members, alone, slab)
-        present = present & jnp.logical_not(jnp.isneginf(student))
-    student = jnp.where(present, student, ABSENT)
+        units = jnp.where(present, support, -1)
+        student = vocab_align.gather_units(student_hidden, student_unembed, units, members, alone, slab)
+        student = jnp.where(present & jnp.isfinite(student), student, ABSENT)
     on_support = jax.nn.logsumexp(student, axis=1)
-    asked = isinstance(coverage, jax.Array)
-    if mode == "tail":
-        everything = vocab_align.logsumexp(student_hidden, student_unembed, block, valid)
-    elif asked:
+    static = isinstance(coverage, bool | np.bool_)
+    if mode == "tail" or (static and coverage):
+        arrays = (student_hidden, student_unembed) if mode == "tail" else lax.stop_gradient((student_hidden, student_unembed))
+        everything = vocab_align.logsumexp(*arrays, block, valid)
+    elif not static:
         arrays = lax.stop_gradient((student_hidden, student_unembed))
-        nothing = jnp.full(weights.shape, jnp.inf, jnp.float32)
-        everything = lax.cond(coverage, lambda: vocab_align.logsumexp(*arrays, block, valid), lambda: nothing)
-    elif coverage:
-        everything = vocab_align.logsumexp(*lax.stop_gradient((student_hidden, student_unembed)), block, valid)
+        nothing = jnp.zeros(weights.shape, jnp.float32)
+        everything = lax.cond(coverage, lambda *a: vocab_align.logsumexp(*a, block, valid), lambda *a: nothing, *arrays)
 
     if mode == "tail":
         ours = _with_rest(student, on_support, everything)
@@ -117,12 +124,14 @@ def sva(
         theirs = jax.nn.log_softmax(teacher, axis=1)
     value = jnp.sum(term(ours, theirs), axis=1)
     entropy = -jnp.sum(jnp.exp(theirs) * theirs, axis=1)
-    extra = {"coverage": jnp.exp(on_support - everything)} if asked or coverage else {}
-    loss, out = reduced(value, weights, teacher_entropy=entropy, **extra)
-    if asked:
-        measured = (coverage if mode != "tail" else True) * out["distill/tokens"]
-        out = {**out, "distill/coverage_tokens": measured}
-    return loss, out
+    if members is not None:
+        some = jnp.any(present, axis=1)
+        value, entropy = jnp.where(some, value, 0), jnp.where(some, entropy, 0)
+    if static:
+        return reduce(value, weights, teacher_entropy=entropy, **({"coverage": jnp.exp(on_support - everything)} if coverage else {}))
+    covered = jnp.where(coverage, jnp.exp(on_support - everything), 0)
+    total, metrics = reduce(value, weights, teacher_entropy=entropy, coverage=covered)
+    return total, {**metrics, "distill/coverage_tokens": jnp.where(coverage, metrics["distill/tokens"], 0)}
 
 
 def distill(
@@ -148,7 +157,7 @@ def distill(
     if mode == "full":
         arrays = (student_hidden, student_unembed, teacher_hidden, teacher_unembed)
         value, entropy = full_divergence(*arrays, block, divergence, valid)
-        return reduced(value, weights, teacher_entropy=entropy)
+        return reduce(value, weights, teacher_entropy=entropy)
     targets = teacher_targets(teacher_hidden, teacher_unembed, k, block, valid)
     return sva(
         student_hidden, student_unembed, targets.logits, targets.support, weights, teacher_logsumexp=targets.logsumexp,
@@ -177,8 +186,8 @@ def _with_rest(logits: jax.Array, on_support: jax.Array, everything: jax.Array) 
     return jnp.concatenate([logits - everything[:, None], rest[:, None]], axis=1)
 
 
-def reduced(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tuple[jax.Array, Metrics]:
-    """The weighted sum, and plain means of "distill/kl" and the others over the tokens that have a weight, without gradient."""
+def reduce(value: jax.Array, weights: jax.Array, **per_token: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The weighted sum, and plain means over the tokens that have a weight."""
     weights = lax.stop_gradient(weights.astype(jnp.float32))
     counts = weights != 0
     count = jnp.sum(counts.astype(jnp.float32))

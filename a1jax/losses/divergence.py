@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 Divergence = Literal["reverse", "forward", "jensen_shannon"]
 
-LOG_2 = 0.6931471805599453
+LOG_2 = 0.6931472
 LEAST_REST = 2.0**-24  # the smallest mass outside a support that float32 can tell from none: half a unit in the last place of 1
 
 
@@ -24,12 +24,12 @@ def reverse(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def forward(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """KL(teacher || student): p_t (log p_t - log p_s). Mass covering; infinite where the student has none of the teacher's mass."""
+    """KL(teacher || student): p_t (log p_t - log p_s). Covers every mode of the teacher; unbounded where the student has no mass."""
     return jnp.exp(teacher) * (teacher - student)
 
 
 def jensen_shannon(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Half of each side's KL to their mean (Lin 1991): symmetric, finite, at most log 2."""
+    """Half the sum of both KLs to the mean m = (p_s + p_t) / 2. Symmetric, at most log 2; its gradient is never large."""
     mean = jnp.logaddexp(student, teacher) - LOG_2
     return 0.5 * (jnp.exp(student) * (student - mean) + jnp.exp(teacher) * (teacher - mean))
 

@@ -1,16 +1,20 @@
-"""On-policy distillation on the written token alone: an unbiased estimate of a divergence and of its gradient, from one token a position.
+"""On-policy distillation from the sampled token alone: one number of the teacher per token, an estimate of a divergence.
 
-With y drawn from the student and r = q(y) / p(y), every divergence here is E_p[g(r)], and its gradient, as p depends on the parameters,
+Every divergence here is an expectation over the student, D = E[g(r)] with y drawn from p_s and r = p_t(y) / p_s(y), so g(r) at the
+token really written is an unbiased estimate of its value. For the gradient, p_s stands in the expectation and in r:
 
-    grad E_p[g(r)] = E_p[(g(r) - r g'(r)) grad log p(y)],        for  d r = - r d log p.
+    grad D = sum over y of grad(p_s(y) g(p_t(y) / p_s(y))) = E[(g(r) - r g'(r)) grad log p_s(y)].
 
-    reverse         g = - log r                                        g - r g' = - log r + 1
-    forward         g = r log r                                        g - r g' = - r
-    jensen_shannon  g = 1/2 log(2 / (1 + r)) + r/2 log(2 r / (1 + r))  g - r g' = 1/2 log(2 / (1 + r))
+    reverse          g = -log r                                          g - r g' = -log r + 1
+    forward          g = r log r                                         g - r g' = -r
+    jensen_shannon   g = 1/2 log(2 / (1 + r)) + r/2 log(2 r / (1 + r))   g - r g' = 1/2 log(2 / (1 + r))
 
-The 1 of the first is left out: E_p[grad log p] = 0, so it is noise only. What is left there is the advantage log q - log p of
-on-policy distillation (MOPD and others, ../shared/design/pitfalls.md). One number a token is all that a teacher has to send, and with a
-teacher of another tokenizer the scores of a span add up to its log-probability of it (vocabulary_alignment.md, section 3).
+The 1 of reverse is left out: E[grad log p_s] = 0, so it is noise only. Unbiased where the tokens were drawn from the very p_s that is
+differentiated (no temperature, no top-p, no update in between). Cheap and noisy: the other forms of ``distill`` compare k classes.
+
+With another tokenizer the score of a token is the teacher's log-probability of its bytes after what was pending: p_t is then no
+distribution over the student's tokens and the estimate one of no divergence; but over a span that both tokenizers end together the
+scores add up to the teacher's log-probability of the span, and so do the terms of reverse.
 """
 
 from __future__ import annotations
@@ -22,59 +26,55 @@ from jax import lax
 
 from a1jax.kernels import vocab_align
 from a1jax.losses import divergence as divergences
-from a1jax.losses.distill import reduced
+from a1jax.losses.distill import reduce
+from a1jax.losses.divergence import LOG_2
 from a1jax.types import Metrics
 
 
 def sampled(
     student_hidden: jax.Array,
     student_unembed: jax.Array,
-    written: jax.Array,
-    score: jax.Array,
+    written: jax.Array | np.ndarray,
+    score: jax.Array | np.ndarray,
     weights: jax.Array,
     *,
     divergence: divergences.Divergence = "reverse",
-    clip: float = 20.0,
     block: int = 4096,
     valid: jax.Array | np.ndarray | None = None,
+    clip: float = 20.0,
 ) -> tuple[jax.Array, Metrics]:
-    """sum over n of weights[n] * g(r[n]), and metrics; its gradient is the estimate above, to the student's two arrays only.
+    """sum over n of weights[n] * g(r[n]), and metrics; gradient to the student's two arrays only, that of the estimate above.
 
-    student_hidden [N, D], student_unembed [V, D]; written int32 [N]: ids drawn from the student at temperature 1; score float32 [N]: the
-    teacher's log-probability of each; weights float32 [N]. clip: log r is kept within it, so that a teacher that rules a token out
-    (score -inf) costs clip nats and not infinitely many; the estimate is biased where it bites, which distill/clipped counts.
-    block, valid: of the student's log-sum-exp, the one thing that reads its whole matrix (with gradient).
+    student_hidden [N, D]; student_unembed [V, D]; written int32 [N] ids; score float32 [N], the teacher's log-probability of each;
+    weights float32 [N] from ``masked.token_weights``. block, valid: of the student's log-sum-exp.
+    clip: log r is kept within -clip and clip, in value and gradient. A score of -inf, a token that the teacher rules out, so counts
+    clip nats in reverse and nothing in forward. Lower it where a few tokens rule the loss: forward's terms grow like exp(log r).
+    It biases the estimate only at tokens beyond it; a NaN stays one.
 
-    Metrics, means over tokens with a weight: distill/kl (of g), distill/teacher_logp (no less than -1e4 each), distill/student_logp,
-    distill/clipped; and distill/tokens.
-    Raises ValueError for another divergence, a clip not above 0, and shapes that do not match.
+    Metrics over tokens with a weight (plain means): distill/kl (of g), distill/clipped (share of tokens), distill/tokens.
+    Raises ValueError for an unknown divergence, a clip not above 0, and shapes that do not match.
     """
+    shapes = {"written": written.shape, "score": score.shape, "weights": weights.shape}
+    if set(shapes.values()) != {student_hidden.shape[:1]}:
+        raise ValueError(f"{', '.join(f'{n} {s}' for n, s in shapes.items())} must be {student_hidden.shape[:1]}, as hidden is")
     divergences.term(divergence)
-    tokens = student_hidden.shape[0]
-    if not written.shape == score.shape == weights.shape == (tokens,):
-        raise ValueError(f"written {written.shape}, score {score.shape} and weights {weights.shape} must be [{tokens}]")
     if not clip > 0:
         raise ValueError(f"clip is {clip}: it must be above 0")
-    counts = weights != 0
-    ids = jnp.where(counts, written, 0)
-    logits = vocab_align.gather_logits(student_hidden, student_unembed, ids[:, None])[:, 0]
-    logp = logits - vocab_align.logsumexp(student_hidden, student_unembed, block, valid)
-    score = jnp.where(counts, lax.stop_gradient(score.astype(jnp.float32)), 0.0)
-    ratio = score - lax.stop_gradient(logp)
-    log_r = jnp.clip(ratio, -clip, clip)
-    value, push = _estimate(log_r, divergence)
-    value = value + push * (logp - lax.stop_gradient(logp))
-    told = {"teacher_logp": jnp.maximum(score, -1e4), "student_logp": logp}
-    return reduced(value, weights, clipped=(jnp.abs(ratio) > clip).astype(jnp.float32), **told)
+    logits = vocab_align.gather_logits(student_hidden, student_unembed, jnp.asarray(written)[:, None])[:, 0]
+    log_p = logits - vocab_align.logsumexp(student_hidden, student_unembed, block, valid)
+    log_r = lax.stop_gradient(jnp.asarray(score, jnp.float32) - log_p)
+    value, slope = _terms(jnp.clip(log_r, -clip, clip), divergence)
+    # The value is g; what is differentiated is log p times the slope.
+    value = value + slope * (log_p - lax.stop_gradient(log_p))
+    return reduce(value, weights, clipped=jnp.where(jnp.abs(log_r) > clip, 1.0, 0.0))
 
 
-def _estimate(log_r: jax.Array, divergence: divergences.Divergence) -> tuple[jax.Array, jax.Array]:
-    """(g, g - r g') of log r."""
+def _terms(log_r: jax.Array, divergence: divergences.Divergence) -> tuple[jax.Array, jax.Array]:
+    """(g(r), g(r) - r g'(r))."""
     if divergence == "reverse":
         return -log_r, -log_r
-    r = jnp.exp(log_r)
+    ratio = jnp.exp(log_r)
     if divergence == "forward":
-        return r * log_r, -r
-    ours = 0.5 * (divergences.LOG_2 - jax.nn.softplus(log_r))
-    theirs = 0.5 * r * (divergences.LOG_2 - jax.nn.softplus(-log_r))
-    return ours + theirs, ours
+        return ratio * log_r, -ratio
+    student, teacher = LOG_2 - jax.nn.softplus(log_r), LOG_2 - jax.nn.softplus(-log_r)
+    return 0.5 * (student + ratio * teacher), 0.5 * student

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from .. import checkpoint
 from .. import params as param_specs
-from ..align import byte_table, positions, vocab_map
+from ..align import byte_table, extensions, positions, vocab_map
 from ..align.vocab_map import VocabMap
 from ..config import ConfigError
 from ..data import packing
@@ -232,7 +232,10 @@ def make_scorers(
         domain: Scorer(teacher, student, k, block, sampled, foreign, number[domain], show_tools, max_length)
         for domain, teacher in teachers.items()
     }
-    return scorers, vocab_align.members.members(folds) if foreign and not sampled else None
+    if not foreign or sampled:
+        return scorers, None
+    order = next(extensions.prefixes(t.vocab_map) for t in teachers.values() if t.vocab_map is not None)
+    return scorers, vocab_align.members.members(folds, prefixes=order)
 
 
 def _hidden(teacher: Params, batch: Batch, model: ModelConfig) -> jax.Array:

@@ -32,6 +32,7 @@ class Members(NamedTuple):
     starts [U + 1], rows [.]: a thin unit u has rows[starts[u]:starts[u + 1]]; a fat one has none there.
     fat [U]: its number among the fat ones, -1 where thin. fat_rows [blocks, B]: the row at plane * (B / 16) + lane, -1: none.
     fat_lanes [blocks, B / 16]: the number of the fat unit that has the lane; past the last unit, how many there are.
+    rank [V], low [V], high [V]: ids by their bytes; those that begin with the bytes of id y are those of rank low[y] to high[y] - 1.
     """
 
     starts: jax.Array | np.ndarray
@@ -39,12 +40,17 @@ class Members(NamedTuple):
     fat: jax.Array | np.ndarray
     fat_rows: jax.Array | np.ndarray
     fat_lanes: jax.Array | np.ndarray
+    rank: jax.Array | np.ndarray
+    low: jax.Array | np.ndarray
+    high: jax.Array | np.ndarray
 
 
-def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048) -> Members:
+def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048, prefixes: Sequence[np.ndarray] | None = None) -> Members:
     """The units of several maps of one student: of each, ``unit_of_student`` int [V], the unit that every id is compared in, -1: none.
 
-    Unit u of map number t gets the id t * V + u, so that rows of several teachers are trained in one batch. thin: the largest
+    Unit u of map number t gets the id t * V + u, so that rows of several teachers are trained in one batch. An id y that is no unit
+    gets one too, where prefixes are given: the rows of its unit that begin with y's bytes, for ``gather_units(alone=)``. prefixes: (rank,
+    low, high) int [V] as in ``Members``. thin: the largest
     fan-in that is gathered; block: rows of a block of fat units, a multiple of 16. No result depends on either beyond rounding.
     Raises ValueError for folds that are not integers [V] of one V from -1 to V - 1, and for sizes that make no sense.
     """
@@ -58,16 +64,37 @@ def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048) -> M
         raise ValueError(f"thin is {thin} and block {block}: thin must be at least 1, block a multiple of {MOST}")
     if len(folds) * vocab >= 2**31:
         raise ValueError(f"{len(folds)} folds of {vocab} ids are more units than an int32 can number")
-    unit = np.concatenate([np.where(f < 0, -1, t * vocab + f.astype(np.int64)) for t, f in enumerate(folds)])
+    ids = np.arange(vocab, dtype=np.int64)
+    rank, low, high = np.zeros((3, vocab), np.int64) if prefixes is None else (np.asarray(x, np.int64) for x in prefixes)
+    pairs = [(np.where(f < 0, -1, t * vocab + f.astype(np.int64)), ids) for t, f in enumerate(folds)]
+    pairs += [(t * vocab + token, row) for t, f in enumerate(folds) for token, row in [_extensions(f, rank, low, high)]]
+    unit, rows = (np.concatenate(x) for x in zip(*pairs, strict=True))
     order = np.argsort(unit, kind="stable")[np.count_nonzero(unit < 0) :]
-    rows, unit = (order % vocab).astype(np.int32), unit[order]
+    rows, unit = rows[order].astype(np.int32), unit[order]
     fan_in = np.bincount(unit, minlength=len(folds) * vocab)
     fat = np.flatnonzero(fan_in > thin)
     number = np.full(fan_in.size, -1, np.int32)
     number[fat] = np.arange(fat.size)
     starts = np.concatenate([[0], np.cumsum(np.where(number < 0, fan_in, 0))]).astype(np.int32)
     gathered = rows[number[unit] < 0] if (number[unit] < 0).any() else np.zeros(1, np.int32)  # an empty array could not be indexed
-    return Members(starts, gathered, number, *fat_units.lanes(rows[number[unit] >= 0], fan_in[fat], block))
+    return Members(
+        starts,
+        gathered,
+        number,
+        *fat_units.lanes(rows[number[unit] >= 0], fan_in[fat], block),
+        *(x.astype(np.int32) for x in (rank, low, high)),
+    )
+
+
+def _extensions(fold: np.ndarray, rank: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(token, row) of every token that is no unit itself, and every row of its unit that begins with its bytes, itself included."""
+    by_rank = np.argsort(rank)
+    token = np.flatnonzero((fold != np.arange(fold.size)) & (high > low))
+    count = high[token] - low[token]
+    place = np.repeat(low[token] - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+    token, row = np.repeat(token, count), by_rank[place]
+    same = fold[row] == fold[token]
+    return token[same], row[same]
 
 
 def gather_units(
@@ -75,8 +102,9 @@ def gather_units(
 ) -> jax.Array:
     """float32 [N, K]: the logits of units int32 [N, K], each the log-sum-exp of the logits of its rows; -inf at unit -1.
 
-    hidden [N, D]; unembed [V, D]. alone int32 [N], -1 for none: that row is left out of every unit of its token, and stands as a
-    class of its own at place K - 1 (whatever unit is named there). Exact for any fan-in. A unit without rows is -inf.
+    hidden [N, D]; unembed [V, D]. alone int32 [N], -1 for none: an id that is no unit, apart from its unit at this token: rows that
+    begin with its bytes are left out of the first K - 1 places, and the last place names the class itself, units[n, K - 1] =
+    t * V + alone[n]. Exact for any fan-in. A unit without rows is -inf.
     Gradient to hidden and unembed, summed in float32, from rows gathered again; zero for units of -inf.
     Memory: slab elements of gathered rows (it changes nothing else), and N * B logits where there are fat units.
     """
@@ -90,8 +118,8 @@ def gather_units(
         raise ValueError(f"members has {members.fat.shape[0]} units, no multiple of the {unembed.shape[0]} rows of the output matrix")
     members = Members(*(jnp.asarray(x, jnp.int32) for x in members))
     alone = jnp.full((tokens,), -1, jnp.int32) if alone is None else alone
-    last = jnp.arange(units.shape[1], dtype=jnp.int32)[None, :] == units.shape[1] - 1
-    units = jnp.where(last & (alone >= 0)[:, None], -1, units)
+    apart = jnp.maximum(alone, 0)
+    alone = jnp.where(alone >= 0, jnp.stack([members.low[apart], members.high[apart]]), 0).T  # ranks [N, 2], none where both are 0
     units = jnp.where((units >= 0) & (units < members.fat.shape[0]), units, -1)
     return _gather(hidden, unembed, units, members, alone, slab)
 
@@ -134,11 +162,17 @@ def _thin(units, members, alone):
     start = members.starts[unit]
     fan_in = jnp.where(units >= 0, members.starts[unit + 1] - start, 0)
     rows = members.rows[start]
-    there = (fan_in > 0) & (rows != alone[:, None])
-    last = (jnp.arange(units.shape[1], dtype=jnp.int32)[None, :] == units.shape[1] - 1) & (alone >= 0)[:, None]
+    last = jnp.arange(units.shape[1], dtype=jnp.int32)[None, :] == units.shape[1] - 1
+    there = (fan_in > 0) & (last | outside(rows, members, alone))
     further = jnp.maximum(fan_in - 1, 0)
     ends = jnp.cumsum(further, axis=1)
-    return there | last, jnp.where(last, alone[:, None], jnp.where(there, rows, 0)), (start + 1 - (ends - further), ends)
+    return there, jnp.where(there, rows, 0), (start + 1 - (ends - further), ends)
+
+
+def outside(rows, members, alone):
+    """bool [n, .]: whether rows [n, .] (or [1, .]) do not begin with the bytes of their token's ``alone``, ranks [n, 2]."""
+    rank = members.rank[rows]
+    return (rank < alone[:, :1]) | (rank >= alone[:, 1:])
 
 
 def _column(column, start, ends, members, alone):
@@ -148,7 +182,7 @@ def _column(column, start, ends, members, alone):
     place = jnp.minimum(place, ends.shape[1] - 1)
     taken = at[None, :] < ends[:, -1:]
     rows = members.rows[jnp.where(taken, jnp.take_along_axis(start, place, axis=1) + at[None, :], 0)]
-    return place, rows, taken & (rows != alone[:, None])
+    return place, rows, taken & ((place == ends.shape[1] - 1) | outside(rows, members, alone))
 
 
 def _while_rows(more, add, state):

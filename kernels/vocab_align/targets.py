@@ -66,7 +66,9 @@ class Positions(NamedTuple):
     mass: np.ndarray  # [T] in the pool: of ``unit``, before anything moves to it
     source: np.ndarray  # [T] where chained: the unit that mass is taken from
     unit: np.ndarray  # [T] and the one it goes to
-    alone: np.ndarray  # [T] or the token, where that is a class of its own; -1 otherwise, in all three
+    alone: np.ndarray  # [T] or the token, where that is set apart as a class of its own; -1 otherwise, in all three
+    loser: np.ndarray  # [T] where straddled and set apart: the unit that ``mass`` is taken from
+    chained: np.ndarray  # [T] 1 where exp(score) moves
     width: int  # at least as many sums as any narrow slice has
     counts: dict[str, int]  # entries: those that are real; rows: the teacher's highest + 1; student_rows: the student's
     masked: np.ndarray  # int32 [.] student rows of the tokens with no target, which belong in no denominator
@@ -80,8 +82,8 @@ class Positions(NamedTuple):
 
 class Targets(NamedTuple):
     """values float32 [N, K]: log q of each class; q over all classes and the residual is 1. An empty place: -inf.
-    units int32 [N, K]: -1 in empty places, and in the last place where that is the class {alone}.
-    alone int32 [N]: the token that is the class in the last place, apart from the unit it is otherwise summed in; -1 for none.
+    units int32 [N, K]: -1 in empty places; ``alone`` in the last place where that is such a class.
+    alone int32 [N]: the token that is set apart in the last place, with those of its unit that begin with its bytes; -1 for none.
     score float32 [N]: log-probability of the token that was written; 0 in rows without a position.
 
     The first k places are the best units before the chain's mass is moved, the last one is for what it moved to, where that is not
@@ -128,7 +130,7 @@ def aligned_targets(
     found = [*sync, *sliced] or [_Found.empty(1, k)]
     values, units = _joined([part.values for part in found], -jnp.inf), _joined([part.units for part in found], -1)
     terms = (at.term_over, at.term_under, at.term_position)
-    where = (at.row, at.place, at.total, at.mass, at.source, at.unit, at.alone)
+    where = (at.row, at.place, at.total, at.mass, at.source, at.unit, at.alone, at.loser, at.chained)
     return _assemble(values, units, _joined(pool, -jnp.inf), terms, where, rows)
 
 
@@ -223,23 +225,30 @@ def _narrow(masses: jax.Array, sum_unit: jax.Array, first: jax.Array, count: jax
 def _assemble(values: jax.Array, units: jax.Array, pool: jax.Array, terms: tuple, where: tuple, rows: int) -> Targets:
     """From masses to targets: normalised, the chain's mass moved, at the rows of the student's batch."""
     over, under, position = terms
-    row, place, total, mass, source, unit, alone = (jnp.asarray(x) for x in where)
+    row, place, total, mass, source, unit, alone, loser, chained = (jnp.asarray(x) for x in where)
     score = jax.ops.segment_sum(_less(pool[over], pool[under]), position, row.shape[0] + 1, indices_are_sorted=True)[:-1]
     total, units = pool[total], units[place]
     values = _less(values[place], total[:, None])
-    given, taken = (units == unit[:, None]) & (unit >= 0)[:, None], (units == source[:, None]) & (source >= 0)[:, None]
-    share = jnp.minimum(jnp.where(taken, score[:, None] - values, -jnp.inf), -LEAST_REST)
-    values = jnp.where(taken, values + jnp.log(-jnp.expm1(share)), values)
-    values = jnp.where(given, jnp.logaddexp(values, score[:, None]), values)
-    extra = (unit >= 0) & ~jnp.any(given, axis=1)
-    last = jnp.where(extra, jnp.logaddexp(_less(pool[mass], total), score), jnp.where(alone >= 0, score, -jnp.inf))
+    mass, moved = _less(pool[mass], total), jnp.where(chained > 0, score, -jnp.inf)
+    values = _without(_without(values, units, source, moved), units, loser, mass)
+    given = (units == unit[:, None]) & (unit >= 0)[:, None]
+    values = jnp.where(given, jnp.logaddexp(values, moved[:, None]), values)
+    extra = ((unit >= 0) & ~jnp.any(given, axis=1)) | (alone >= 0)
+    last = jnp.where(extra, jnp.logaddexp(mass, moved), -jnp.inf)
     some = ~jnp.isneginf(last)
     values = jnp.concatenate([values, last[:, None]], axis=1)
-    units = jnp.concatenate([units, jnp.where(extra & some, unit, -1)[:, None]], axis=1)
+    units = jnp.concatenate([units, jnp.where(some, jnp.where(alone >= 0, alone, unit), -1)[:, None]], axis=1)
     nothing = _Found.empty(rows, values.shape[1])
     empty = Targets(nothing.values, nothing.units, jnp.full((rows,), -1, jnp.int32), jnp.zeros((rows,), jnp.float32))
     made = Targets(values, units, jnp.where(some, alone, -1), score)
     return jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), empty, made)
+
+
+def _without(values: jax.Array, units: jax.Array, unit: jax.Array, amount: jax.Array) -> jax.Array:
+    """Log masses [T, k], that of ``unit`` [T] less ``amount`` [T]; never less than LEAST_REST of what it was."""
+    taken = (units == unit[:, None]) & (unit >= 0)[:, None]
+    share = jnp.minimum(jnp.where(taken, amount[:, None] - values, -jnp.inf), -LEAST_REST)
+    return jnp.where(taken, values + jnp.log(-jnp.expm1(share)), values)
 
 
 def _less(over: jax.Array, under: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ class Batch:
             log_p = target.log_softmax(logits, token)
             found = spans.align(turn.student_ids, turn.teacher_ids, self.map, turn.text)
             ends = dataclasses.replace(found, last=found.teacher, complete=np.ones_like(found.complete))
-            each = [target.target(log_p, turn.student_ids, turn.teacher_ids, s, self.map) for s in (found, ends)]
+            each = [target.target(log_p, turn.student_ids, turn.teacher_ids, s, self.map, s is found) for s in (found, ends)]
             yield turn, found, *each, log_p
 
 
@@ -81,11 +81,11 @@ def assert_dense(batch, got, made, k, unembed=None, rtol=1e-4, atol=1e-6):
             np.testing.assert_allclose(plain.q[i, units[:-1][some[:-1]]], best[best > 0][: some[:-1].sum()], rtol=rtol, atol=atol)
             assert some[:-1].sum() >= min(k, np.sum(best > 1e-30))
             if alone >= 0:
-                assert np.exp(values[-1]) == pytest.approx(dense.q[i, alone], rel=rtol) and units[-1] == -1
-            if some.sum() + (alone >= 0) >= np.sum(dense.q[i] > 1e-30):
+                assert np.exp(values[-1]) == pytest.approx(dense.q[i, alone], rel=rtol) and units[-1] == alone
+            if some.sum() >= np.sum(dense.q[i] > 1e-30):
                 total = np.exp(values.astype(np.float64)).sum() + dense.residual[i]
                 assert total == pytest.approx(1, abs=1e-5)
-            counts += found.offset[i] > 0, found.chained[i], alone >= 0, units[-1] >= 0
+            counts += found.offset[i] > 0, found.chained[i], alone >= 0, units[-1] >= 0 > alone
     empty = np.setdiff1d(np.arange(len(got.score)), rows)
     assert np.isneginf(got.values[empty]).all() and (got.units[empty] == -1).all() and (got.alone[empty] == -1).all()
     assert not got.score[empty].any()

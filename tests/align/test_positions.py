@@ -87,7 +87,7 @@ def test_the_integers_give_the_dense_target(pair, seed, mode, capacity):
     found = spans.align(made.student_ids, made.teacher_ids, made.map, made.text)
     dense = target.target(made.log_p, made.student_ids, made.teacher_ids, found, made.map)
     plain = dataclasses.replace(found, last=found.teacher, complete=np.ones_like(found.complete))
-    plain = target.target(made.log_p, made.student_ids, made.teacher_ids, plain, made.map)
+    plain = target.target(made.log_p, made.student_ids, made.teacher_ids, plain, made.map, set_apart=False)
     at = {row: i for i, row in enumerate(student_rows.tolist())}
     read = _read(got, log_p, positions.tables(made.map, capacity=capacity))
     assert sorted(at[row] for row, *_ in read) == np.flatnonzero(~found.masked).tolist()
@@ -99,11 +99,19 @@ def test_the_integers_give_the_dense_target(pair, seed, mode, capacity):
         np.testing.assert_allclose(q, plain.q[i], atol=1e-12)
         assert score == pytest.approx(dense.score[i], abs=1e-9)
         moved = dense.q[i] - plain.q[i]
-        assert (got.alone[p], got.source[p] >= 0) == (dense.alone[i], (moved < -1e-15).any())
+        apart = np.exp(mass - total) if got.alone[p] >= 0 else 0
+        assert dense.alone[i] == (got.alone[p] if apart + got.chained[p] * np.exp(score) > 0 else -1)
+        assert got.loser[p] == (made.map.unit_of_student[got.alone[p]] if got.alone[p] >= 0 and found.offset[i] else -1)
+        if dense.alone[i] >= 0:
+            assert moved[dense.alone[i]] == pytest.approx(apart + got.chained[p] * np.exp(score), abs=1e-12)
+            if got.loser[p] >= 0:
+                same = got.loser[p] == got.source[p]
+                assert moved[got.loser[p]] == pytest.approx(-apart - (np.exp(score) if same and got.chained[p] else 0), abs=1e-12)
         if got.unit[p] >= 0:
             assert found.chained[i] and np.exp(mass - total) == pytest.approx(plain.q[i, got.unit[p]], abs=1e-12)
             assert moved[got.unit[p]] == pytest.approx(np.exp(score), abs=1e-12)
-        if got.source[p] >= 0:
+        assert got.chained[p] == found.chained[i] and (got.source[p] < 0 or found.chained[i])
+        if got.source[p] >= 0 and got.source[p] not in (got.unit[p], got.loser[p]):
             assert moved[got.source[p]] == pytest.approx(-np.exp(score), abs=1e-12)
 
 

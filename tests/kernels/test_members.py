@@ -35,34 +35,49 @@ def batch(folds, seed=0, tokens=N, places=K):
     units[::2, 3] = rng.choice(np.concatenate(fat), units[::2].shape[0])
     units[3, :] = -1
     units[5, 2] = -1
-    alone = np.where(rng.random(tokens) < 0.6, rng.integers(0, V, tokens), -1)
-    with_members = [np.flatnonzero(folds[0] == u) for u in fat[0] if u < V]
+    folded = np.flatnonzero(folds[0] != np.arange(V))
+    alone = np.where(rng.random(tokens) < 0.6, rng.choice(folded, tokens), -1)
+    with_members = [np.flatnonzero((folds[0] == u) & (np.arange(V) != u)) for u in fat[0] if u < V]
     for n in range(0, 12, 2):  # those that matter: left out of a fat unit that the token asks for
-        units[n, 1], alone[n] = folds[0][with_members[n % 4][0]], with_members[n % 4][n // 2]
+        units[n, 1], alone[n] = folds[0][with_members[n % 4][0]], with_members[n % 4][n // 2 % with_members[n % 4].size]
+    units[:, -1] = np.where(alone >= 0, alone, units[:, -1])
     hidden, unembed = rng.normal(size=(tokens, D)), rng.normal(size=(V, D))
     return hidden, unembed, units.astype(np.int32), alone.astype(np.int32), rng.normal(size=(tokens, places))
 
 
-def dense(hidden, unembed, units, alone, folds):
+def prefixes(seed=3):
+    """rank, low, high of made-up bytes: some ids begin as others do."""
+    rng = np.random.default_rng(seed)
+    rank = rng.permutation(V)
+    return rank, rank, np.minimum(rank + np.where(rng.random(V) < 0.3, rng.integers(2, 30, V), 1), V)
+
+
+def membership(folds, order):
+    """bool [units, V]."""
+    out = np.concatenate([f[None, :] == np.arange(V)[:, None] for f in folds])
+    if order is not None:
+        rank, low, high = order
+        begins = (rank[None, :] >= low[:, None]) & (rank[None, :] < high[:, None])
+        out |= np.concatenate([begins & (f[None, :] == f[:, None]) & (f != np.arange(V))[:, None] for f in folds])
+    return out
+
+
+def dense(hidden, unembed, units, alone, folds, order):
     """From whole logits, in the dtype that it is given."""
     logits = hidden @ unembed.T
-    unit_of = np.concatenate([np.where(f < 0, -1, t * V + f) for t, f in enumerate(folds)])
-    row = np.tile(np.arange(V), len(folds))
-    inside = (unit_of == units[:, :, None]) & (units[:, :, None] >= 0)
+    inside = membership(folds, order)[np.maximum(units, 0)] & (units >= 0)[:, :, None]
     if alone is not None:
-        inside = inside & (row != alone[:, None, None])
-    inside = inside.reshape(*units.shape, len(folds), V).any(axis=2)
-    if alone is not None:
-        own = (np.arange(V) == alone[:, None]) | (inside[:, -1] & (alone < 0)[:, None])
-        inside = np.concatenate([inside[:, :-1], own[:, None]], axis=1)
+        rank, low, high = order
+        begins = (rank >= low[alone][:, None]) & (rank < high[alone][:, None]) & (alone >= 0)[:, None]
+        inside[:, :-1] &= ~begins[:, None]
     there = inside.any(axis=2)
     shown = jnp.where(inside | ~there[:, :, None], jnp.broadcast_to(logits[:, None], inside.shape), -jnp.inf)
     return jnp.where(there, jax.nn.logsumexp(shown, axis=2), -jnp.inf)
 
 
-def reference(hidden, unembed, units, alone, cotangents, folds):
+def reference(hidden, unembed, units, alone, cotangents, folds, order=None):
     def loss(hidden, unembed):
-        values = dense(hidden, unembed, units, alone, folds)
+        values = dense(hidden, unembed, units, alone, folds, order)
         return jnp.sum(jnp.where(jnp.isneginf(values), 0, cotangents * values)), values
 
     with jax.enable_x64(True):
@@ -97,26 +112,30 @@ def singles(hidden, unembed, *rest):
 def test_values_and_gradients_equal_the_dense_form(thin, block, slab, with_alone):
     hidden, unembed, units, alone, cotangents = batch(FOLDS)
     alone = alone if with_alone else None
-    made = members(FOLDS, thin, block)
+    order = prefixes() if with_alone else None
+    made = members(FOLDS, thin, block, order)
     assert (made.fat_rows.shape[0] > 1) == (block < 2048 and thin < 400)  # several blocks, so that units lie across their ends
     hidden, unembed, cotangents = singles(hidden, unembed, jnp.asarray(cotangents, jnp.float32))
-    expected = reference(hidden, unembed, units, alone, cotangents, FOLDS)
+    expected = reference(hidden, unembed, units, alone, cotangents, FOLDS, order)
     assert np.isneginf(expected[0]).sum() > K  # empty places and units without a row
     close(ours(hidden, unembed, units, made, alone, cotangents, slab), expected)
 
 
-def test_every_fat_unit_and_each_of_its_rows_left_out():
-    # All K places are one unit of 170 rows, and token n leaves its n-th row out.
+def test_every_row_of_a_fat_unit_left_out_and_alone():
+    # A unit of 170 rows, and token n has its n-th row as a class of its own.
     unit = np.bincount(FOLDS[0][FOLDS[0] >= 0]).argmax()
-    rows = np.flatnonzero(FOLDS[0] == unit)
+    rows = np.flatnonzero((FOLDS[0] == unit) & (np.arange(V) != unit))
     rng = np.random.default_rng(4)
     hidden, unembed = singles(rng.normal(size=(rows.size, D)), rng.normal(size=(V, D)))
-    units = np.full((rows.size, 2), unit, np.int32)
+    units = np.stack([np.full(rows.size, unit), rows], axis=1).astype(np.int32)
     logits = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T
-    total = np.exp(logits[:, rows])
-    expected = np.stack([np.log(total.sum(1) - total.diagonal()), logits[np.arange(rows.size), rows]], axis=1)
+    total = np.exp(logits[:, FOLDS[0] == unit]).sum(1)
+    own = logits[np.arange(rows.size), rows]
+    expected = np.stack([np.log(total - np.exp(own)), own], axis=1)
+    order = (np.arange(V), np.arange(V), np.arange(V) + 1)
     for thin in (16, 400):
-        found = jax.jit(gather_units)(hidden, unembed, units, members(FOLDS[:1], thin, 32), jnp.asarray(rows, jnp.int32))
+        made = members(FOLDS[:1], thin, 32, order)
+        found = jax.jit(gather_units)(hidden, unembed, units, made, jnp.asarray(rows, jnp.int32))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -199,7 +218,7 @@ def test_sharded_tokens_change_nothing():
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     hidden, unembed, units, alone, cotangents = batch(FOLDS, tokens=24)
     hidden, unembed, cotangents = singles(hidden, unembed, jnp.asarray(cotangents, jnp.float32))
-    made = members(FOLDS, 4, 64)
+    made = members(FOLDS, 4, 64, prefixes())
     expected = ours(hidden, unembed, units, made, alone, cotangents, 1000)
     parts = jax.device_put((hidden, units, alone, cotangents), split)
     found = ours(parts[0], unembed, parts[1], made, parts[2], parts[3], 1000)

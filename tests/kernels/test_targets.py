@@ -22,7 +22,7 @@ def hidden_and_unembed(p):
     return jnp.asarray(np.pad(logits, ((0, 0), (0, 1)), constant_values=50.0), jnp.float32), jnp.eye(7, dtype=jnp.float32)
 
 
-def by_hand(source, unit, alone, mass=7):
+def by_hand(source, unit, alone, mass=7, loser=NONE, chained=1):
     """Row 5 of the student: chained over ids 3 (teacher's row 0) and 2 (row 1). Row 2: begins in row 2 after what ids 0, 1 and 5 share;
     their remainders are units 2, none and 3, and 1 was written. Sums: three of the slice, what was written thrice, a unit's mass."""
     entries = [(2, 1, 0), (2, 0, 1), (2, 5, 2), (0, 3, 3), (1, 2, 4), (2, 1, 5), (0, 2, 6)]
@@ -37,7 +37,8 @@ def by_hand(source, unit, alone, mass=7):
         term_position=np.array([0, 0, 1, 4], np.int32), row=np.array([5, 2, 99, 99], np.int32), place=np.array([0, 1, 0, 0], np.int32),
         total=np.array([pool, pool + 2, 0, 0], np.int32), mass=np.array([mass, 7, 7, 7], np.int32),
         source=np.array([source, NONE, NONE, NONE], np.int32), unit=np.array([unit, NONE, NONE, NONE], np.int32),
-        alone=np.array([alone, NONE, NONE, NONE], np.int32), width=4, counts={"entries": 7, "rows": 3, "student_rows": 6},
+        alone=np.array([alone, NONE, NONE, NONE], np.int32), loser=np.array([loser, NONE, NONE, NONE], np.int32),
+        chained=np.array([chained, 0, 0, 0], np.int32), width=4, counts={"entries": 7, "rows": 3, "student_rows": 6},
         masked=np.array([1], np.int32), shares={"positions": 3.0}, key=KEY,
     )  # fmt: skip
 
@@ -52,8 +53,11 @@ CHAIN = 0.25 * 0.4
 @pytest.mark.parametrize(
     ("where", "expected", "units", "alone"),
     [
-        ({"source": 2, "unit": NONE, "alone": 9}, [0.5, 0.25 - CHAIN, CHAIN], [0, 2, NONE], 9),  # a class of its own
-        ({"source": NONE, "unit": NONE, "alone": 9}, [0.5, 0.25, CHAIN], [0, 2, NONE], 9),  # out of the residual
+        ({"source": 2, "unit": NONE, "alone": 9}, [0.5, 0.25 - CHAIN, CHAIN], [0, 2, 9], 9),  # a class of its own
+        ({"source": NONE, "unit": NONE, "alone": 9}, [0.5, 0.25, CHAIN], [0, 2, 9], 9),  # out of the residual
+        ({"source": NONE, "unit": NONE, "alone": 9, "mass": 6, "loser": 2, "chained": 0}, [0.5, 0.15, 0.1], [0, 2, 9], 9),  # no chain
+        ({"source": 0, "unit": NONE, "alone": 9, "mass": 6, "loser": 2}, [0.5 - CHAIN, 0.15, 0.1 + CHAIN], [0, 2, 9], 9),  # both
+        ({"source": 2, "unit": NONE, "alone": 9, "mass": 6, "loser": 2}, [0.5, 0.15 - CHAIN, 0.1 + CHAIN], [0, 2, 9], 9),
         ({"source": 2, "unit": 0, "alone": NONE}, [0.5 + CHAIN, 0.25 - CHAIN, 0], [0, 2, NONE], NONE),  # to one of the k
         ({"source": 2, "unit": 1, "alone": NONE, "mass": 6}, [0.5, 0.25 - CHAIN, 0.1 + CHAIN], [0, 2, 1], NONE),  # to another one
         ({"source": 2, "unit": 7, "alone": NONE}, [0.5, 0.25 - CHAIN, CHAIN], [0, 2, 7], NONE),  # which had nothing
@@ -76,7 +80,7 @@ def test_a_chain_that_takes_everything_leaves_a_floor():
     p = P.copy()
     p[0], p[1] = [0.25, 0.25, 0, 0.5, 0, 0], [0, 0, 1, 0, 0, 0]
     got = run(p, 2, source=2, unit=NONE, alone=9)
-    assert got.units[5].tolist() == [0, 2, NONE]
+    assert got.units[5].tolist() == [0, 2, 9]
     np.testing.assert_allclose(got.values[5], np.log([0.5, 0.5 * targets.LEAST_REST, 0.5]), rtol=1e-5)
     p[1] = [0, 0, 1 - 1e-3, 1e-3, 0, 0]  # ... and one that takes nearly everything leaves the right rest
     got = run(p, 2, source=2, unit=NONE, alone=9)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +26,14 @@ def arrays(seed=0, tokens=N, vocab=V):
 
 
 @functools.cache
-def ours(mode, k=K, block=16, kind="reverse"):
+def ours(mode, k=K, block=16):
     def function(sh, sw, th, tw, weights):
-        return distill(sh, sw, th, tw, weights, k=k, mode=mode, divergence=kind, block=block)
+        return distill(sh, sw, th, tw, weights, k=k, mode=mode, block=block)
 
     return jax.jit(jax.value_and_grad(function, (0, 1, 2, 3), has_aux=True))
 
 
-DENSE = {
-    "reverse": lambda p, q: p * jnp.log(p / q),
-    "forward": lambda p, q: q * jnp.log(q / p),
-    "jensen_shannon": lambda p, q: 0.5 * (p * jnp.log(2 * p / (p + q)) + q * jnp.log(2 * q / (p + q))),
-}
-
-
-def dense(sh, sw, th, tw, weights, mode, k, kind="reverse"):
+def dense(sh, sw, th, tw, weights, mode, k, divergence):
     """The definitions, over whole logits."""
     logp, logq = jax.nn.log_softmax(sh @ sw.T), jax.nn.log_softmax(th @ tw.T)
     if mode != "full":
@@ -49,14 +43,22 @@ def dense(sh, sw, th, tw, weights, mode, k, kind="reverse"):
         logp, logq = jax.nn.log_softmax(logp), jax.nn.log_softmax(logq)
     if mode == "tail":
         logp, logq = (jnp.concatenate([x, jnp.log1p(-jnp.exp(x).sum(1, keepdims=True))], axis=1) for x in (logp, logq))
-    return jnp.sum(weights * jnp.sum(DENSE[kind](jnp.exp(logp), jnp.exp(logq)), axis=1))
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    mean = jnp.log((p + q) / 2)
+    each = {
+        "reverse": p * (logp - logq),
+        "forward": q * (logq - logp),
+        "jensen_shannon": p * (logp - mean) / 2 + q * (logq - mean) / 2,
+    }[divergence]
+    return jnp.sum(weights * jnp.sum(each, axis=1))
 
 
 @functools.cache
-def dense_reference(mode, kind="reverse"):
+def dense_reference(mode, divergence="reverse"):
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.asarray(a), jnp.float64) for a in arrays())
-        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(functools.partial(dense, mode=mode, k=K, kind=kind), (0, 1)))(*wide))
+        function = functools.partial(dense, mode=mode, k=K, divergence=divergence)
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(function, (0, 1)))(*wide))
 
 
 def close(got, expected, tolerance=1e-4):
@@ -88,47 +90,55 @@ def test_value_and_gradient_equal_the_dense_form(mode):
         np.testing.assert_allclose(metrics["distill/coverage"], coverage.sum(1)[on].mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["forward", "jensen_shannon"])
 @pytest.mark.parametrize("mode", ["salient", "tail", "full"])
-def test_the_other_divergences_equal_their_dense_forms(mode, kind):
-    (loss, _), grads = ours(mode, kind=kind)(*arrays())
-    expected, expected_grads = dense_reference(mode, kind)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    close(grads[:2], expected_grads)
-    assert not np.asarray(grads[2]).any() and not np.asarray(grads[3]).any()
+def test_every_divergence_equals_the_dense_form(mode):
+    names = get_args(divergence.Divergence)[1:]  # the first is tested above
+
+    @jax.jit
+    def run(sh, sw, th, tw, weights):
+        def loss(sh, sw, name):
+            return distill(sh, sw, th, tw, weights, k=K, mode=mode, divergence=name, block=16, coverage=False)[0]
+
+        return {name: jax.value_and_grad(loss, (0, 1))(sh, sw, name) for name in names}
+
+    found = run(*arrays())
+    assert set(found) == {"forward", "jensen_shannon"}
+    for name, (loss, grads) in found.items():
+        expected, expected_grads = dense_reference(mode, name)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        close(grads, expected_grads)
 
 
 def test_divergences_by_hand():
-    student, teacher = (jnp.log(jnp.asarray(x, jnp.float32)) for x in ([0.5, 0.5], [0.25, 0.75]))
-    found = {kind: float(jnp.sum(term(student, teacher))) for kind, term in divergence.TERMS.items()}
-    assert found["reverse"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
-    assert found["forward"] == pytest.approx(0.25 * np.log(1 / 2) + 0.75 * np.log(3 / 2), rel=1e-5)
-    mean = np.array([0.375, 0.625])
-    halves = [0.5 * np.sum(x * np.log(x / mean)) for x in (np.array([0.5, 0.5]), np.array([0.25, 0.75]))]
-    assert found["jensen_shannon"] == pytest.approx(sum(halves), rel=1e-5)
-    swapped = float(jnp.sum(divergence.jensen_shannon(teacher, student)))
-    assert swapped == pytest.approx(found["jensen_shannon"], rel=1e-5)
-    apart = [jnp.asarray(x, jnp.float32) for x in ([0.0, -1e30], [-1e30, 0.0])]
-    assert float(jnp.sum(divergence.jensen_shannon(*apart))) == pytest.approx(np.log(2), rel=1e-6)
-    assert all(float(jnp.abs(jnp.sum(term(student, student)))) < 1e-7 for term in divergence.TERMS.values())
+    p, q = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.log(jnp.array([0.25, 0.25, 0.5]))
+    found = jax.jit(lambda p, q: {name: (jnp.sum(term(p, q)), jnp.sum(term(q, p))) for name, term in divergence.TERMS.items()})(p, q)
+    # Both KLs: 1/2 log 2 - 1/4 log 2. The mean is (3/8, 1/4, 3/8).
+    half = (0.5 * np.log(4 / 3) + 0.25 * np.log(2 / 3)) / 2
+    for name, expected in {"reverse": np.log(2) / 4, "forward": np.log(2) / 4, "jensen_shannon": 2 * half}.items():
+        np.testing.assert_allclose(found[name], (expected, expected), rtol=1e-6, err_msg=name)
+    p, q = jnp.log(jnp.array([0.9, 0.1])), jnp.log(jnp.array([0.5, 0.5]))
+    both = (0.9 * np.log(1.8) + 0.1 * np.log(0.2), 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(5))
+    for name, expected in {"reverse": both, "forward": both[::-1]}.items():  # not symmetric: which is which
+        term = divergence.TERMS[name]
+        np.testing.assert_allclose((jnp.sum(term(p, q)), jnp.sum(term(q, p))), expected, rtol=1e-5, err_msg=name)
 
 
-def test_coverage_can_be_asked_for_at_run_time():
-    batch = arrays()
-    targets = TARGETS(batch[2], batch[3], K, 16)
+def test_properties_of_the_divergences():
+    rng = np.random.default_rng(8)
+    p, q = (jnp.asarray(rng.normal(size=(500, 9)) * rng.choice([0.1, 3, 30], (500, 1)), jnp.float32) for _ in range(2))
 
     @jax.jit
-    def measured(asked):
-        return sva(batch[0], batch[1], targets.logits, targets.support, batch[4], coverage=asked, block=16)
+    def run(p, q):
+        p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+        sums = lambda a, b: {name: jnp.sum(term(a, b), axis=1) for name, term in divergence.TERMS.items()}  # noqa: E731
+        return sums(p, q), sums(q, p), sums(p, p)
 
-    (loss, yes), (other, no) = measured(jnp.bool_(True)), measured(jnp.bool_(False))
-    static = jax.jit(functools.partial(sva, block=16))(batch[0], batch[1], targets.logits, targets.support, batch[4])
-    assert (
-        loss == other == static[0]
-        and yes["distill/coverage"] == pytest.approx(float(static[1]["distill/coverage"]))
-        and yes["distill/coverage"]
-    )
-    assert yes["distill/coverage_tokens"] == yes["distill/tokens"] and no["distill/coverage_tokens"] == no["distill/coverage"] == 0
+    there, back, same = jax.tree.map(np.asarray, run(p, q))
+    assert all((x > 0).all() for x in there.values()) and not any(x.any() for name, x in same.items() if name != "jensen_shannon")
+    np.testing.assert_allclose(there["jensen_shannon"], back["jensen_shannon"], rtol=1e-5)
+    np.testing.assert_allclose(there["forward"], back["reverse"], rtol=1e-6)
+    assert (there["jensen_shannon"] <= np.log(2) + 1e-6).all() and there["jensen_shannon"].max() > 0.69  # some hardly overlap
+    np.testing.assert_allclose(same["jensen_shannon"], 0, atol=1e-6)
 
 
 def student_and_teacher(student, teacher):
@@ -286,6 +296,30 @@ def test_without_coverage_the_vocabulary_is_not_walked(largest):
         assert (largest(run(sh, sw).jaxpr) >= N * V) == coverage
 
 
+@pytest.mark.parametrize("mode", ["salient", "tail"])
+def test_coverage_that_is_decided_at_run_time(mode):
+    sh, sw, th, tw, weights = arrays()
+    targets = TARGETS(th, tw, K, 16)
+
+    @jax.jit
+    def run(sh, sw, coverage):
+        def loss(sh, sw):
+            common = {"teacher_logsumexp": targets.logsumexp, "mode": mode, "block": 16}
+            return sva(sh, sw, targets.logits, targets.support, weights, coverage=coverage, **common)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(sh, sw)
+
+    (expected, metrics), grads = ours(mode)(sh, sw, th, tw, weights)
+    for coverage in (True, False):
+        (found, some), found_grads = run(sh, sw, coverage)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        close(found_grads, jax.tree.map(np.asarray, grads[:2]), 1e-6)
+        assert some["distill/tokens"] == metrics["distill/tokens"] > 0
+        assert some["distill/coverage_tokens"] == coverage * metrics["distill/tokens"]
+        np.testing.assert_allclose(some["distill/coverage"], coverage * metrics["distill/coverage"], rtol=1e-6)
+        assert set(some) == {*metrics, "distill/coverage_tokens"}
+
+
 def test_log_rest():
     mass = np.asarray([-50.0, -3.0, -0.7, -0.6, -1e-3, -1e-6])
     rest = jax.jit(jax.vmap(jax.value_and_grad(divergence.log_rest)))
@@ -315,3 +349,5 @@ def test_wrong_arguments_are_refused():
         distill(sh, sw, th, tw, weights, k=V + 1)
     with pytest.raises(ValueError, match="choose one of reverse"):
         inspect.unwrap(divergence.term)("jensen")
+    with pytest.raises(ValueError, match="alone .* needs members"):
+        sva(sh, sw, logits, support, weights, alone=jnp.zeros(N, jnp.int32))

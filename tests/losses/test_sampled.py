@@ -1,85 +1,111 @@
-"""The estimate from one written token: its expectation over all tokens is the divergence, and so is its gradient's."""
+"""The estimate from sampled tokens: its expectation, enumerated, is the divergence over the whole vocabulary, and so is its gradient."""
 
-import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
+from a1jax.losses.divergence import Divergence
 from a1jax.losses.sampled import sampled
 
-V, D = 11, 5
-KINDS = ("reverse", "forward", "jensen_shannon")
+V, D = 23, 6
+NAMES = get_args(Divergence)
 
 
-def case():
-    rng = np.random.default_rng(0)
-    hidden, unembed, teacher = (rng.normal(size=shape) for shape in ((1, D), (V, D), (V,)))
-    return hidden, unembed, teacher - np.log(np.exp(teacher).sum())
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(2, D)), rng.normal(size=(V, D)) * 0.7, rng.normal(size=(2, V))
 
 
-def whole(hidden, unembed, log_q, kind):
-    log_p = jax.nn.log_softmax((hidden @ unembed.T)[0])
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    if kind == "reverse":
-        return jnp.sum(p * (log_p - log_q))
-    if kind == "forward":
-        return jnp.sum(q * (log_q - log_p))
-    mean = jnp.log((p + q) / 2)
-    return 0.5 * jnp.sum(p * (log_p - mean) + q * (log_q - mean))
+def expected(hidden, unembed, teacher, name):
+    """Sum over two tokens, weights 1 and 0.5, of the divergence, from its definition."""
+    p, q = jax.nn.softmax(hidden @ unembed.T), jax.nn.softmax(teacher)
+    mean = (p + q) / 2
+    each = {
+        "reverse": p * jnp.log(p / q),
+        "forward": q * jnp.log(q / p),
+        "jensen_shannon": p * jnp.log(p / mean) / 2 + q * jnp.log(q / mean) / 2,
+    }[name]
+    return jnp.sum(jnp.sum(each, axis=1) * jnp.array([1.0, 0.5]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_expectation_is_the_divergence_and_its_gradient(kind):
-    hidden, unembed, log_q = case()
+@pytest.fixture(scope="module")
+def enumerated():
+    """name -> (value, gradients, metrics): every id as the written one, weighted by its probability."""
+    hidden, unembed, teacher = (jnp.asarray(x, jnp.float32) for x in arrays())
+
+    @jax.jit
+    def run(hidden, unembed):
+        p = jax.nn.softmax(hidden @ unembed.T)
+        weights = jax.lax.stop_gradient(p * jnp.array([[1.0], [0.5]])).reshape(-1)
+        score = jax.nn.log_softmax(teacher).reshape(-1)
+        written = jnp.tile(jnp.arange(V, dtype=jnp.int32), 2)
+
+        def loss(hidden, unembed, name):
+            return sampled(jnp.repeat(hidden, V, axis=0), unembed, written, score, weights, divergence=name, block=8)
+
+        return {name: jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, unembed, name) for name in NAMES}
+
+    return run(hidden, unembed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_expectation_is_the_divergence_and_its_gradient(enumerated, name):
+    (value, metrics), grads = enumerated[name]
     with jax.enable_x64(True):
-        expected, gradient = jax.value_and_grad(whole, (0, 1))(*map(jnp.asarray, (hidden, unembed, log_q)), kind)
-        expected, gradient = np.asarray(expected), [np.asarray(g) for g in gradient]
-    logits = (hidden @ unembed.T)[0]
-    p = np.exp(logits) / np.exp(logits).sum()
-
-    def loss(hidden, unembed):
-        """Every token is written once, with its probability as its weight."""
-        args = (jnp.broadcast_to(hidden, (V, D)), unembed, jnp.arange(V), jnp.asarray(log_q, jnp.float32), jnp.asarray(p, jnp.float32))
-        return sampled(*args, divergence=kind, block=4)[0]
-
-    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*(jnp.asarray(x, jnp.float32) for x in (hidden, unembed)))
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    for got, wanted in zip(grads, gradient, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        hidden, unembed, teacher = (jnp.asarray(np.asarray(x, np.float32), jnp.float64) for x in arrays())
+        wanted, wanted_grads = jax.jit(jax.value_and_grad(lambda h, w: expected(h, w, teacher, name), (0, 1)))(hidden, unembed)
+        wanted, wanted_grads = jax.tree.map(np.asarray, (wanted, wanted_grads))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    assert metrics["distill/tokens"] == 2 * V and metrics["distill/clipped"] == 0
 
 
-def test_by_hand_and_what_is_reported():
-    """p = (1/2, 1/4, 1/4); token 0 is written, the teacher gives it 1/4: log r = -log 2."""
-    unembed = jnp.log(jnp.asarray([[0.5], [0.25], [0.25]]))
-    args = (jnp.ones((2, 1)), unembed, jnp.array([0, 7]), jnp.log(jnp.array([0.25, 0.0])), jnp.array([2.0, 0.0]))
-    for kind, value in (
-        ("reverse", np.log(2)),
-        ("forward", -0.5 * np.log(2)),
-        ("jensen_shannon", 0.5 * np.log(4 / 3) + 0.25 * np.log(2 / 3)),
-    ):
-        (loss, out), grad = jax.value_and_grad(lambda h, kind=kind: sampled(h, *args[1:], divergence=kind, block=2), has_aux=True)(args[0])
-        np.testing.assert_allclose(loss, 2 * value, rtol=1e-5)
-        assert out["distill/tokens"] == 1 and out["distill/clipped"] == 0
-        np.testing.assert_allclose([out["distill/teacher_logp"], out["distill/student_logp"]], np.log([0.25, 0.5]), rtol=1e-5)
-        assert np.isfinite(grad).all() and grad[1] == 0  # no weight: neither its id nor its score matter
+@jax.jit
+def three(p, score, weights):
+    """Every divergence on tokens whose written id 0 has probability p, of two ids; the gradient is the one to the logit of id 0."""
+
+    def loss(logit, name):
+        hidden = jnp.stack([logit, jnp.zeros_like(logit)], axis=1)  # with the identity as output matrix: the logits
+        return sampled(hidden, jnp.eye(2), jnp.zeros(p.size, jnp.int32), score, weights, divergence=name)
+
+    return {name: jax.value_and_grad(loss, has_aux=True)(jnp.log(p) - jnp.log1p(-p), name) for name in NAMES}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_the_teacher_rules_out_costs_the_clip(kind):
-    hidden, unembed, _ = (jnp.asarray(x, jnp.float32) for x in case())
-    step = jax.jit(jax.value_and_grad(functools.partial(sampled, divergence=kind, clip=5.0, block=4), has_aux=True))
-    (loss, out), grad = step(hidden, unembed, jnp.array([2]), jnp.array([-jnp.inf]), jnp.ones(1))
-    r = np.exp(-5.0)
-    expected = {"reverse": 5.0, "forward": -5 * r, "jensen_shannon": 0.5 * np.log(2 / (1 + r)) + 0.5 * r * np.log(2 * r / (1 + r))}
-    np.testing.assert_allclose(loss, expected[kind], rtol=1e-4)
-    assert out["distill/clipped"] == 1 and np.isfinite(np.asarray(grad)).all()
+def test_values_by_hand():
+    # p = 1/2, q = 1/4: r = 1/2, and grad log p is 1 - p = 1/2.
+    found = three(jnp.array([0.5]), jnp.log(jnp.array([0.25])), jnp.array([2.0]))
+    js = 0.5 * np.log(4 / 3) + 0.25 * np.log(2 / 3)
+    by_hand = {
+        "reverse": (np.log(2), np.log(2) * 0.5),
+        "forward": (0.5 * np.log(0.5), -0.5 * 0.5),
+        "jensen_shannon": (js, 0.5 * np.log(4 / 3) * 0.5),
+    }
+    for name, (value, slope) in by_hand.items():
+        (loss, metrics), grad = found[name]
+        np.testing.assert_allclose((loss, metrics["distill/kl"], grad[0]), (2 * value, value, 2 * slope), rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"divergence": "both"}, "divergence"), ({"clip": 0.0}, "clip is"), ({}, "must be")])
-def test_bad_input_is_refused(change, message):
-    args = [jnp.ones((1, D)), jnp.ones((V, D)), jnp.zeros(1, jnp.int32), jnp.zeros(1), jnp.ones(1 if change else 2)]
-    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=message):
-        sampled(*args, **change)
+def test_a_token_the_teacher_rules_out():
+    score = jnp.array([-jnp.inf, -jnp.inf, np.log(0.5), -1e4])
+    found = three(jnp.full(4, 0.5), score, jnp.array([1.0, 0.0, 1.0, 1.0]))
+    for name, value in {"reverse": 20, "forward": 0, "jensen_shannon": np.log(2) / 2}.items():
+        (loss, metrics), grad = found[name]
+        np.testing.assert_allclose(loss, 2 * value, rtol=1e-5, atol=1e-6)  # token 2 agrees, 1 has no weight
+        assert np.isfinite(grad).all() and grad[1] == 0
+        np.testing.assert_allclose(metrics["distill/clipped"], 2 / 3, rtol=1e-6)
+    (_, metrics), _ = three(jnp.full(4, 0.5), score.at[2].set(jnp.nan), jnp.ones(4))["reverse"]
+    assert np.isnan(metrics["distill/kl"])  # and no NaN is hidden
+
+
+def test_wrong_arguments_are_refused():
+    good = (jnp.zeros((3, D)), jnp.zeros((V, D)), jnp.zeros(3, jnp.int32), jnp.zeros(3), jnp.ones(3))
+    with pytest.raises(ValueError, match="must be"):
+        sampled(*good[:2], good[2][1:], *good[3:])
+    with pytest.raises(ValueError, match="must be"):
+        sampled(*good[:4], jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match="clip is 0"):
+        sampled(*good, clip=0.0)

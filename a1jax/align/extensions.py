@@ -1,0 +1,78 @@
+"""Which tokens begin with the bytes of another one: the student's, and the teacher's after what is pending.
+
+A written token that is no unit (" 5" of a student whose teacher has no such token) is set apart at its position, together with the tokens
+of its unit that begin with its bytes: without them it would be compared with what the teacher gives to it *and* to them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+
+import numpy as np
+
+from a1jax.align.vocab_map import VocabMap
+from a1jax.align.vocab_map_build import FIRST_CONTROL
+
+
+@functools.lru_cache(maxsize=8)
+def prefixes(vocab_map: VocabMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rank, low, high) int32 [V_S] of the student's ids: text tokens sorted by bytes, then the others; and the ranks low <= r < high of
+    those that begin with the bytes of each (empty for what is no text). Tokens with equal bytes have the same slice."""
+    starts, symbols = vocab_map.student_starts, vocab_map.student_symbols
+    begins = np.flatnonzero(np.diff(starts))
+    texts = begins[symbols[starts[begins]] < FIRST_CONTROL]
+    raw = _bytes(symbols)
+    words = {int(i): raw[starts[i] : starts[i + 1]] for i in texts}
+    order = sorted(words, key=words.__getitem__)
+    rank = np.empty(len(starts) - 1, np.int32)
+    rank[order] = np.arange(len(order))
+    others = np.setdiff1d(np.arange(len(rank)), texts)
+    rank[others] = len(order) + np.arange(len(others))
+    low, high = np.zeros(len(rank), np.int32), np.zeros(len(rank), np.int32)
+    open_: list[int] = []  # tokens that the next one may begin with, each of them beginning with the one before
+    for place, token in enumerate(order):
+        while open_ and not words[token].startswith(words[open_[-1]]):
+            high[open_.pop()] = place
+        low[token] = low[open_[-1]] if open_ and words[open_[-1]] == words[token] else place
+        open_.append(token)
+    high[open_] = len(order)
+    return rank, low, high
+
+
+def shares_unit(vocab_map: VocabMap, student_id: int) -> np.ndarray:
+    """The ids of the student's that are set apart with this one: of its unit, beginning with its bytes, itself among them."""
+    rank, low, high = prefixes(vocab_map)
+    unit = vocab_map.unit_of_student
+    return np.flatnonzero((rank >= low[student_id]) & (rank < high[student_id]) & (unit == unit[student_id]))
+
+
+def continuing(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> np.ndarray:
+    """The teacher's ids that share the first ``offset`` > 0 bytes of ``teacher_id``, go on with all bytes of ``student_id``, and stand for
+    its unit from there: what is set apart of the unit's mass. int64."""
+    return _continuing(vocab_map, int(teacher_id), int(offset), int(student_id))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _continuing(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> np.ndarray:
+    words, raw = _teacher_words(vocab_map)
+    start = vocab_map.teacher_starts[teacher_id]
+    ours = vocab_map.student_symbols[vocab_map.student_starts[student_id] : vocab_map.student_starts[student_id + 1]]
+    text = raw[start : start + offset] + _bytes(ours)
+    low = bisect.bisect_left(words, text)
+    high = bisect.bisect_right(words, text, key=lambda word: word[: len(text)])
+    ids = vocab_map.order[low:high].astype(np.int64)
+    place = vocab_map.teacher_starts[ids] + offset
+    return ids[vocab_map.suffix[place] == vocab_map.unit_of_student[student_id]]
+
+
+@functools.lru_cache(maxsize=8)
+def _teacher_words(vocab_map: VocabMap) -> tuple[list[bytes], bytes]:
+    """The teacher's text tokens in their order, and the bytes of all its ids end to end."""
+    starts, raw = vocab_map.teacher_starts, _bytes(vocab_map.teacher_symbols)
+    return [raw[starts[i] : starts[i + 1]] for i in vocab_map.order[: vocab_map.text_count]], raw
+
+
+def _bytes(symbols: np.ndarray) -> bytes:
+    """One byte per symbol; control symbols, which no text token has, are 0."""
+    return np.where(symbols < FIRST_CONTROL, symbols, 0).astype(np.uint8).tobytes()
