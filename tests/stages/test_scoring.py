@@ -222,6 +222,7 @@ def test_a_checkpoint_teaches_and_what_does_not_fit_is_refused(setting, models, 
     assert {found.params[name].shape for name in ("embed_tokens", "lm_head")} == {(640, 24)}
     found = scoring.open_checkpoint(scoring.Checkpoint(source, alignment="two_sided"), student)
     assert found.model == wide and (found.vocab_map.unit_of_teacher[: setting.tokenizer.vocab_size] >= 0).mean() > 0.99
+    assert scoring.open_teacher(found.params, wide, shuffled(setting.tokenizer, order), student).vocab_map.mode == "two_sided"
     for source, message in (
         (scoring.Checkpoint(str(tmp_path / "no")), "no such folder"),
         (scoring.Checkpoint(str(tmp_path), tokenizer=str(tmp_path / "none.model")), "teacher's tokenizer: no tokenizer file"),

@@ -81,14 +81,15 @@ def test_a_models_turn_in_the_prompt_is_not_a_turn_of_the_run(tokenizer, digits)
 
 
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% if loop.last %}{{ m.reasoning_content }}{% endif %}"
+    "{% for m in messages %}[{{ loop.index }} {{ m.role }}]"
+    "{% if m.role == 'assistant' %}{% if loop.last %}{{ m.reasoning_content }}{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}<|im_end|>\n{% else %}{{ m.content }}|\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[{{ messages|length + 1 }} assistant]{% endif %}"
 )
 
 
 def test_a_teacher_with_a_template_reads_the_frame_of_that_template_and_the_students_own_words(tokenizer, digits):
-    """The template drops the thoughts of earlier turns; what the student wrote stays, as in a rollout of the teacher's own."""
+    """The template numbers messages and drops the thoughts of earlier turns; what the student wrote stays."""
     run, teacher = expert_run(tokenizer, steps=2), digits.with_template(TEMPLATE)
     (view,) = views.view_all([run], tokenizer, teacher, False)
     spelled, start = "", 0
@@ -98,8 +99,8 @@ def test_a_teacher_with_a_template_reads_the_frame_of_that_template_and_the_stud
         start = b
     assert start == len(view.tokens)
     expected, turn = "", 0
-    for message in run.trajectory.messages:
-        expected += f"[{message['role']}]"
+    for number, message in enumerate(run.trajectory.messages, 1):
+        expected += f"[{number} {message['role']}]"
         if message["role"] == "assistant":
             a, b = views.turns(run.sampled)[turn]
             expected, turn = expected + "{" + tokenizer.decode(run.tokens[a : b - 1].tolist()) + "}\n", turn + 1
