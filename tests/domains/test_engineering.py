@@ -89,6 +89,8 @@ def test_what_knows_the_shown_tables_by_heart_fails_on_the_hidden_ones():
     _, texts = play(TASK, *calls)
     assert texts[1] == "node 1 score 3/3\nall pass"
     assert TASK.verify(finished(TASK, calls)).reason.startswith("hidden tables: 0 of 3 checks pass")
+    one_table = f"def solve(t):\n    return {answers[0]!r}"  # right on the first table, wrong on the other
+    assert TASK.marks(one_table, TASK.shown)[0] == [0.0] * 3 and TASK.marks(one_table, json.dumps(shown[:1]))[0] == [1.0] * 3
 
 
 def finished(task, calls, answer="done"):
@@ -176,6 +178,7 @@ def test_the_tree_remembers_what_every_tool_did():
     assert texts[10:12] == ["answer node 1", "answer node 1 score 0/3"]
     assert texts[12].splitlines() == ["1 root, score 0/3, current, answer", "2 from 1, error, dead end"]
     assert texts[13] == "node 2 divides by zero" and state.nodes[1].parent == 1
+    assert play(TASK, ("write_notes", {"text": "half \ud800"}), ("read_notes", {}))[1][1] == "half ?"  # could not be tokenized
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,8 @@ def test_2_opt_is_as_short_as_all_orders_tried():
 def test_a_check_is_told_apart_from_every_other_one():
     sorted_already = tasks.told_apart([[0, 1, 2, 3, 4, 5, 6, 7]])
     assert not any(operation.wording.endswith(("sorted", "% 9", "are smaller")) for operation, _ in sorted_already)
+    # Of a column of zeros max(0, 20) is abs(0 - 20), and all others but + leave it as it is.
+    assert {operation.wording for operation, _ in tasks.told_apart([[0] * 8])} == {"{t} = {s} + {n}"}
     for seed in range(20):
         task = PLAIN.propose(seed, 4)
         for tables in (json.loads(task.shown), json.loads(task.hidden)):
