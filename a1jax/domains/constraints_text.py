@@ -69,7 +69,7 @@ _CONTRACTION = re.compile(r"(?i)(?<=.)('(?:s|m|d|ll|re|ve)|n't)$")
 
 
 def capital_words(text: str) -> int:
-    """Number of words all of whose letters are capitals: "A NASA-led U.S. plan" has two, "I'M" counts as two."""
+    """Number of words all of whose letters are capitals: "A NASA-led U.S. plan" has two (A and U.S.), "I'M" counts as two."""
     count = 0
     for token in _TOKEN.findall(text):
         for part in token.split("--"):

@@ -174,7 +174,10 @@ class InstructionFollowing(Domain):
     name: str = "instruction_following"
 
     def propose(self, seed: int, steps: int, split: Split = "train") -> InstructionTask:
-        """``steps`` constraints that can hold together, proved by the expert. Raises ConfigError when steps is not 1 to 8."""
+        """``steps`` constraints that can hold together, proved by the expert, and that a text written without them breaks.
+
+        Raises ConfigError when steps is not 1 to 8.
+        """
         if steps < 1:
             raise ConfigError(f"{self.name}: a task needs at least 1 step, got {steps}")
         if steps > MOST:
@@ -184,7 +187,8 @@ class InstructionFollowing(Domain):
             subject = SUBJECTS[int(rng.integers(len(SUBJECTS)))]
             request = f"Write about the {subject}."
             rules = self._rules(rng, subject, request, steps, split)
-            answer = write(rules, subject) if len(rules) == steps else None
+            lazy = any(all(verdicts(rules, text)) for text in ("x", f"The {subject} is old."))
+            answer = write(rules, subject) if len(rules) == steps and not lazy else None
             if answer is not None:
                 break
         return InstructionTask(
