@@ -104,7 +104,7 @@ def title(text: str) -> bool:
     """A line with <<something>>."""
     for line in text.split("\n"):
         start, end = line.find("<<"), line.rfind(">>")
-        if 0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip():
+        if 0 <= start < end and line[start : end + 2].lstrip("<").rstrip(">").strip():
             return True
     return False
 

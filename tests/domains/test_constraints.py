@@ -20,7 +20,12 @@ from a1jax.domains.constraints_write import write
 CASES = [
     ("capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, ["A NASA plan", "I'M in"], ["A nasa plan"]),
     ("capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, ["one U.S. flag"], ["GO UP"]),
-    ("english_capital", {}, ["THE RIVER IS OLD AND CALM."], ["The RIVER IS OLD", "DAS HAUS STEHT NICHT WEIT VOM FLUSS"]),
+    (
+        "english_capital",
+        {},
+        ["THE RIVER IS OLD AND CALM.", "WE LOVE THIS OLD TOWN VERY MUCH."],
+        ["The RIVER IS OLD", "DAS HAUS STEHT NICHT WEIT VOM FLUSS"],
+    ),
     ("english_lowercase", {}, ["the river is old and calm, 12."], ["The river is old", "das haus steht nicht weit vom fluss"]),
     ("repeat_prompt", {"prompt_to_repeat": "Say hi. "}, ["\n say hi. Hi!"], ["Well: say hi. Hi!", "Say"]),
     ("two_responses", {}, ["a\n******\nb", "******a******b******"], ["a ****** a", "a", "a******b******c", "a************b"]),
@@ -123,8 +128,8 @@ def test_languages_of_the_sentence_bank_are_told_apart():
 
 
 def test_a_language_verdict_does_not_depend_on_the_process():
-    script = (
-        "from a1jax.domains.constraints_text import language as l\n"
+    script = (  # by path: the file alone, without the package and jax
+        f"import runpy\nl = runpy.run_path({count.__file__!r})['language']\n"
         "print([l(t) for t in ('ok so', 'no va', 'la mia', 'Mi casa', 'Водата днес е много студена', 'do it')])"
     )
     runs = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout for _ in range(3)}
@@ -143,7 +148,7 @@ def test_loose_verdicts_forgive_first_and_last_lines_and_stars():
     [
         ("keywords:nothing", {}, "no constraint type 'keywords:nothing'"),
         ("keywords:existence", {}, "needs argument 'keywords'"),
-        ("keywords:existence", {"keywords": []}, "keywords is [[]]; it must be a list of words"),
+        ("keywords:existence", {"keywords": []}, "keywords is []; it must be a list of words"),
         ("startend:quotation", {"x": 1}, "has no argument 'x'; it takes none"),
         ("length_constraints:number_words", {"num_words": -1, "relation": "at least"}, "num_words is -1"),
         ("length_constraints:number_words", {"num_words": True, "relation": "at least"}, "num_words is True"),
