@@ -27,6 +27,7 @@ setup(
         "jax>=0.10.2",
         "jaxtyping",
         "jinja2",
+        "langdetect",  # the language of an answer, as IFEval tells it
         "matplotlib",
         "ml_dtypes",
         "numpy",
