@@ -72,8 +72,7 @@ def mixed(rewards: Array, valid: Array) -> jax.Array:
     """
     if rewards.ndim != 2 or rewards.shape != valid.shape:
         raise ValueError(f"rewards {rewards.shape} and valid {valid.shape} must be [P, G] alike")
-    valid = jnp.asarray(valid, bool)
-    return jnp.any(valid, axis=1) & (_spread(jnp.asarray(rewards, jnp.float32), valid) != 0)
+    return _spread(jnp.asarray(rewards, jnp.float32), jnp.asarray(valid, bool)) != 0
 
 
 def counted(statuses: Sequence[Sequence[str]], overlong_filter: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -93,6 +93,7 @@ def test_choice_match():
         "Can't",
     ]
     assert [text for text in bad if judged(choice_match, text, "(C)")] == []
+    assert not judged(choice_match, "The answer I'd give", "I")
     with pytest.raises(ConfigError, match="is not one letter"):
         choice_match(Case("", "C", "CD"))
 

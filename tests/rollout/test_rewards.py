@@ -90,6 +90,7 @@ def test_rounds_and_answers():
     assert (rewards.rounds(run(asked, asked, say("x"))), rewards.answered(run(asked, say("x")))) == (2, True)
     assert (rewards.rounds(run(asked, asked)), rewards.answered(run(asked, asked))) == (2, False)
     assert (rewards.rounds(run(asked, say("  "))), rewards.answered(run(asked, say("  ")))) == (2, False)
+    assert not rewards.answered(run(asked, call("search", thought="I know, but", query="a")))
     assert rewards.rounds(run(say("<tool_call>{no json</tool_call>"), say("x"))) == 1  # it cost a round
     nothing = Trajectory("search", "t", ())
     assert (rewards.rounds(nothing), rewards.answered(nothing), rewards.format_reward(nothing)) == (0, False, 0.0)
