@@ -139,7 +139,7 @@ def test_targets_on_real_vocabularies(maps, tokenizers, pair):
     assert exact.score.sum() == pytest.approx(np.sum(written, dtype=np.float64), abs=1e-3)
     units = np.unique(made.unit_of_student[made.unit_of_student >= 0])
     apart = np.flatnonzero(got.alone >= 0)
-    assert (found.chained | found.straddled)[apart].all() and (len(apart) or pair[0] == "mistral")  # few of its tokens are no unit of the other
+    assert (found.chained | found.straddled)[apart].all() and (len(apart) or pair[0] == "mistral")  # few of its tokens are none
     got.q[apart, got.alone[apart]] = 0
     assert not np.delete(got.q, units, axis=1).any()
 
