@@ -39,9 +39,7 @@ def log_softmax(logits: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return logits - _log_sum(logits)[:, None]
 
 
-def target(
-    log_p: np.ndarray, student_ids: Ids, teacher_ids: Ids, spans: Spans, vocab_map: VocabMap, set_apart: bool = True
-) -> Target:
+def target(log_p: np.ndarray, student_ids: Ids, teacher_ids: Ids, spans: Spans, vocab_map: VocabMap, set_apart: bool = True) -> Target:
     """The targets of one turn.
 
     log_p [T_T, V_T]: row j holds the teacher's log-probabilities *of* its token j, given all before it. student_ids [T] and
