@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,26 +18,28 @@ from a1jax.align.vocab_map_build import FIRST_CONTROL
 
 @functools.lru_cache(maxsize=8)
 def prefixes(vocab_map: VocabMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rank, low, high) int32 [V_S] of the student's ids: text tokens sorted by bytes, then the others; and the ranks low <= r < high of
-    those that begin with the bytes of each (empty for what is no text). Tokens with equal bytes have the same slice."""
+    """``by_bytes`` of the student's text tokens, as this pair of tokenizers has them."""
     starts, symbols = vocab_map.student_starts, vocab_map.student_symbols
-    begins = np.flatnonzero(np.diff(starts))
-    texts = begins[symbols[starts[begins]] < FIRST_CONTROL]
+    text = np.diff(starts) > 0
+    text[text] = symbols[starts[:-1][text]] < FIRST_CONTROL
     raw = _bytes(symbols)
-    words = {int(i): raw[starts[i] : starts[i + 1]] for i in texts}
-    order = sorted(words, key=words.__getitem__)
-    rank = np.empty(len(starts) - 1, np.int32)
-    rank[order] = np.arange(len(order))
-    others = np.setdiff1d(np.arange(len(rank)), texts)
-    rank[others] = len(order) + np.arange(len(others))
-    low, high = np.zeros(len(rank), np.int32), np.zeros(len(rank), np.int32)
-    open_: list[int] = []  # tokens that the next one may begin with, each of them beginning with the one before
+    return by_bytes([raw[start:stop] if is_text else b"" for start, stop, is_text in zip(starts[:-1], starts[1:], text, strict=True)])
+
+
+def by_bytes(words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rank, low, high) int32 [V] of tokens: their places when sorted by bytes, empty ones last, and the ranks low <= r < high of those
+    that begin with the bytes of each (none for empty ones). Tokens with equal bytes have the same slice. 0.2 s for 150,000."""
+    order = sorted((i for i, word in enumerate(words) if word), key=words.__getitem__)
+    others = [i for i, word in enumerate(words) if not word]
+    rank, low, high = np.empty(len(words), np.int32), np.zeros(len(words), np.int32), np.zeros(len(words), np.int32)
+    rank[[*order, *others]] = np.arange(len(words))
+    begun: list[int] = []  # tokens that the next one may begin with, each of them beginning with the one before
     for place, token in enumerate(order):
-        while open_ and not words[token].startswith(words[open_[-1]]):
-            high[open_.pop()] = place
-        low[token] = low[open_[-1]] if open_ and words[open_[-1]] == words[token] else place
-        open_.append(token)
-    high[open_] = len(order)
+        while begun and not words[token].startswith(words[begun[-1]]):
+            high[begun.pop()] = place
+        low[token] = low[begun[-1]] if begun and words[begun[-1]] == words[token] else place
+        begun.append(token)
+    high[begun] = len(order)
     return rank, low, high
 
 

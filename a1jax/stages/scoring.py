@@ -148,13 +148,9 @@ def written(teacher: Params, batch: Batch, model: ModelConfig, block: int) -> Sc
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(form, **static):
-    return jax.jit(functools.partial(form, **static))
-
-
 def _jit(form, **static):
     """One compiled program per form and static arguments, whoever asks: teachers of one architecture share it."""
-    return _compiled(form, **static)
+    return jax.jit(functools.partial(form, **static))
 
 
 class Scorer:
@@ -220,12 +216,12 @@ def make_scorers(
     number: dict[str, int] = {}
     keys: dict[Any, int] = {}
     foreign = any(t.vocab_map is not None for t in teachers.values())
+    size = next((len(t.vocab_map.unit_of_student) for t in teachers.values() if t.vocab_map is not None), 0)
     for domain, teacher in teachers.items():
         made = teacher.vocab_map
         key = None if made is None else (made.mode, made.student_hash, made.teacher_hash)
         if key not in keys:
             keys[key] = len(folds)
-            size = next(len(t.vocab_map.unit_of_student) for t in teachers.values() if t.vocab_map is not None) if foreign else 0
             folds.append(np.arange(size, dtype=np.int32) if made is None else made.unit_of_student)
         number[domain] = keys[key]
     scorers = {
@@ -234,7 +230,8 @@ def make_scorers(
     }
     if not foreign or sampled:
         return scorers, None
-    order = next(extensions.prefixes(t.vocab_map) for t in teachers.values() if t.vocab_map is not None)
+    # By the student's own bytes: what is text and what a control token differs from pair to pair.
+    order = extensions.by_bytes(byte_table.of(student, size).bytes)
     return scorers, vocab_align.members.members(folds, prefixes=order)
 
 
