@@ -173,7 +173,7 @@ def test_the_loss_of_a_step_is_the_papers_formula_on_units(tokenizer, small_mode
         for i in np.flatnonzero(~np.concatenate([m.masked for m, _ in parts])):
             values, units = (np.asarray(data[n][row, start + at[i]]) for n in ("teacher_logits", "support"))
             own = units[(units >= 0) & (values > -np.inf)] - shift
-            own = np.append(own, alone[i]) if alone[i] >= 0 else own
+            own = np.union1d(own, [alone[i]] if alone[i] >= 0 else own)
             own = own[folded[i, own] > 0]
             ours, theirs = (x[i, own] / x[i, own].sum() for x in (folded, q))
             covered.append(folded[i, own].sum())
