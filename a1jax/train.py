@@ -123,7 +123,7 @@ def fit(
                     out = {k: float(v) for k, v in out.items() if k not in arrays}
                     if not np.isfinite(out["loss"]):
                         raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate")
-                    out = {k: v for k, v in out.items() if not np.isnan(v)}  # not measured at this step
+                    out = {k: v for k, v in out.items() if out.get(f"{k}_tokens", 1) > 0}  # the others were measured at no token
                     seconds = time.perf_counter() - clock
                     rate = tokens / seconds if at > done else 0.0  # the first step only compiles
                     clock, tokens = time.perf_counter(), 0

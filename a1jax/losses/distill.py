@@ -105,7 +105,7 @@ def sva(
     else:
         units = jnp.where(present, support, -1)
         student = vocab_align.gather_units(student_hidden, student_unembed, units, members, alone, slab)
-        student = jnp.where(present & jnp.isfinite(student), student, ABSENT)
+        student = jnp.where(present & jnp.logical_not(jnp.isneginf(student)), student, ABSENT)  # a NaN stays one
     on_support = jax.nn.logsumexp(student, axis=1)
     static = isinstance(coverage, bool | np.bool_)
     if mode == "tail" or (static and coverage):

@@ -123,12 +123,12 @@ def loss(
 
 
 def finish(sums: Metrics) -> Metrics:
-    """Sums over micro-batches to means over the tokens the loss looked at; NaN for what was not measured."""
-    out, some = dict(sums), jnp.maximum(sums["distill/tokens"], 1.0)
+    """Sums over micro-batches to means over the tokens the loss looked at, or over "<name>_tokens" where a metric has such a count."""
+    out = dict(sums)
     for name in sums:
         if name.startswith("distill/") and not name.endswith("tokens"):
-            out[name] = sums[name] / (sums[f"{name}_tokens"] if f"{name}_tokens" in sums else some)
-    return {name: x for name, x in out.items() if not name.endswith("_tokens")}
+            out[name] = sums[name] / jnp.maximum(sums.get(f"{name}_tokens", sums["distill/tokens"]), 1.0)
+    return out
 
 
 def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> Placed:

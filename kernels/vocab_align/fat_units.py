@@ -29,14 +29,15 @@ def lanes(rows: np.ndarray, fan_in: np.ndarray, block: int) -> tuple[np.ndarray,
     return fat_rows.reshape(count, block), fat_lanes.reshape(count, width)
 
 
-def _block(index, hidden, unembed, members, alone, number):
+def _block(index, hidden, unembed, members, alone):
     """(rows of fat block ``index`` [B], zeros for none; the matrix [B, D]; logits [N, B], -inf where no row counts)."""
     rows = members.fat_rows[index]
     matrix = unembed[jnp.maximum(rows, 0)]
     rank = members.rank[jnp.maximum(rows, 0)][None, :]
-    outside = (rank < alone[:, :1]) | (rank >= alone[:, 1:])
-    last = jnp.tile(members.fat_lanes[index][None, :] == number[:, -1:], (1, MOST))  # rows of the last place's unit
-    counts = (rows >= 0)[None, :] & (last | outside)
+    # As in members.stays, by lanes: those of the unit that something is set apart from.
+    left = jnp.where(alone[:, 2:] >= 0, members.fat[jnp.maximum(alone[:, 2:], 0)], -1)
+    own = jnp.tile((members.fat_lanes[index][None, :] == left) & (left >= 0), (1, MOST))
+    counts = (rows >= 0)[None, :] & (~own | (rank < alone[:, :1]) | (rank >= alone[:, 1:2]))
     return rows, matrix, jnp.where(counts, blocks.product(hidden, matrix), -jnp.inf)
 
 
@@ -68,7 +69,7 @@ def fill(values, hidden, unembed, units, members, alone):
     def body(running, index, number):
         maximum, total = running
         lanes = members.fat_lanes[index]
-        logits = _block(index, hidden, unembed, members, alone, number)[2].reshape(-1, MOST, width)
+        logits = _block(index, hidden, unembed, members, alone)[2].reshape(-1, MOST, width)
         # Over the lanes of each unit: its own maximum, so that none is lost next to another of far larger mass.
         over = {"segment_ids": lanes - lanes[0], "num_segments": width, "indices_are_sorted": True}
         most = jnp.maximum(jax.ops.segment_max(jnp.max(logits, axis=1).T, **over), -planes.LARGEST).T
@@ -90,7 +91,7 @@ def add_gradients(gradients, hidden, unembed, units, members, alone, values, cot
 
     def body(gradients, index, number):
         lanes = members.fat_lanes[index]
-        rows, matrix, logits = _block(index, hidden, unembed, members, alone, number)
+        rows, matrix, logits = _block(index, hidden, unembed, members, alone)
         # The places' cotangents go to the units of the block, and from there to the lanes.
         at, mine = _within(number, lanes), lanes - lanes[0]
         empty = jnp.zeros(width, jnp.float32)

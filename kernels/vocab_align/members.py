@@ -32,7 +32,8 @@ class Members(NamedTuple):
     starts [U + 1], rows [.]: a thin unit u has rows[starts[u]:starts[u + 1]]; a fat one has none there.
     fat [U]: its number among the fat ones, -1 where thin. fat_rows [blocks, B]: the row at plane * (B / 16) + lane, -1: none.
     fat_lanes [blocks, B / 16]: the number of the fat unit that has the lane; past the last unit, how many there are.
-    rank [V], low [V], high [V]: ids by their bytes; those that begin with the bytes of id y are those of rank low[y] to high[y] - 1.
+    unit_of [U]: the unit that each id is compared in, -1: none. rank [V], low [V], high [V], or [0] where not given: ids by their
+    bytes; those that begin with the bytes of id y are those of rank low[y] to high[y] - 1.
     """
 
     starts: jax.Array | np.ndarray
@@ -40,6 +41,7 @@ class Members(NamedTuple):
     fat: jax.Array | np.ndarray
     fat_rows: jax.Array | np.ndarray
     fat_lanes: jax.Array | np.ndarray
+    unit_of: jax.Array | np.ndarray
     rank: jax.Array | np.ndarray
     low: jax.Array | np.ndarray
     high: jax.Array | np.ndarray
@@ -65,9 +67,11 @@ def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048, pref
     if len(folds) * vocab >= 2**31:
         raise ValueError(f"{len(folds)} folds of {vocab} ids are more units than an int32 can number")
     ids = np.arange(vocab, dtype=np.int64)
-    rank, low, high = np.zeros((3, vocab), np.int64) if prefixes is None else (np.asarray(x, np.int64) for x in prefixes)
+    rank, low, high = np.zeros((3, 0), np.int64) if prefixes is None else (np.asarray(x, np.int64) for x in prefixes)
     pairs = [(np.where(f < 0, -1, t * vocab + f.astype(np.int64)), ids) for t, f in enumerate(folds)]
-    pairs += [(t * vocab + token, row) for t, f in enumerate(folds) for token, row in [_extensions(f, rank, low, high)]]
+    unit_of = np.concatenate([unit for unit, _ in pairs])
+    if prefixes is not None:
+        pairs += [(t * vocab + token, row) for t, f in enumerate(folds) for token, row in [_extensions(f, rank, low, high)]]
     unit, rows = (np.concatenate(x) for x in zip(*pairs, strict=True))
     order = np.argsort(unit, kind="stable")[np.count_nonzero(unit < 0) :]
     rows, unit = rows[order].astype(np.int32), unit[order]
@@ -77,13 +81,8 @@ def members(folds: Sequence[np.ndarray], thin: int = 16, block: int = 2048, pref
     number[fat] = np.arange(fat.size)
     starts = np.concatenate([[0], np.cumsum(np.where(number < 0, fan_in, 0))]).astype(np.int32)
     gathered = rows[number[unit] < 0] if (number[unit] < 0).any() else np.zeros(1, np.int32)  # an empty array could not be indexed
-    return Members(
-        starts,
-        gathered,
-        number,
-        *fat_units.lanes(rows[number[unit] >= 0], fan_in[fat], block),
-        *(x.astype(np.int32) for x in (rank, low, high)),
-    )
+    lanes = fat_units.lanes(rows[number[unit] >= 0], fan_in[fat], block)
+    return Members(starts, gathered, number, *lanes, *(x.astype(np.int32) for x in (unit_of, rank, low, high)))
 
 
 def _extensions(fold: np.ndarray, rank: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,10 +115,16 @@ def gather_units(
         raise ValueError(f"units {units.shape} and alone {named} must be [{tokens}, K] and [{tokens}], as hidden is {hidden.shape}")
     if members.fat.shape[0] % unembed.shape[0]:
         raise ValueError(f"members has {members.fat.shape[0]} units, no multiple of the {unembed.shape[0]} rows of the output matrix")
+    if alone is not None and not members.rank.shape[0]:
+        raise ValueError("alone needs members that were made with prefixes: nothing says what begins with a token's bytes")
     members = Members(*(jnp.asarray(x, jnp.int32) for x in members))
     alone = jnp.full((tokens,), -1, jnp.int32) if alone is None else alone
-    apart = jnp.maximum(alone, 0)
-    alone = jnp.where(alone >= 0, jnp.stack([members.low[apart], members.high[apart]]), 0).T  # ranks [N, 2], none where both are 0
+    if members.rank.shape[0]:
+        some, apart, named = alone >= 0, jnp.maximum(alone, 0), jnp.clip(units[:, -1], 0, members.fat.shape[0] - 1)
+        # [N, 3]: the ranks of what is set apart, and the unit that it leaves.
+        alone = jnp.stack([jnp.where(some, x, -1) for x in (members.low[apart], members.high[apart], members.unit_of[named])], axis=1)
+    else:
+        members, alone = members._replace(rank=jnp.zeros(unembed.shape[:1], jnp.int32)), jnp.full((tokens, 3), -1, jnp.int32)
     units = jnp.where((units >= 0) & (units < members.fat.shape[0]), units, -1)
     return _gather(hidden, unembed, units, members, alone, slab)
 
@@ -162,27 +167,27 @@ def _thin(units, members, alone):
     start = members.starts[unit]
     fan_in = jnp.where(units >= 0, members.starts[unit + 1] - start, 0)
     rows = members.rows[start]
-    last = jnp.arange(units.shape[1], dtype=jnp.int32)[None, :] == units.shape[1] - 1
-    there = (fan_in > 0) & (last | outside(rows, members, alone))
+    there = (fan_in > 0) & stays(rows, units, members, alone)
     further = jnp.maximum(fan_in - 1, 0)
     ends = jnp.cumsum(further, axis=1)
-    return there, jnp.where(there, rows, 0), (start + 1 - (ends - further), ends)
+    return there, jnp.where(there, rows, 0), (start + 1 - (ends - further), ends, units)
 
 
-def outside(rows, members, alone):
-    """bool [n, .]: whether rows [n, .] (or [1, .]) do not begin with the bytes of their token's ``alone``, ranks [n, 2]."""
+def stays(rows, units, members, alone):
+    """bool [n, .]: whether rows [n, .] of units [n, .] (or [1, .]) are in them still: all but those set apart from their own unit, whose
+    rank lies between alone[:, 0] and alone[:, 1]; the unit is alone[:, 2]."""
     rank = members.rank[rows]
-    return (rank < alone[:, :1]) | (rank >= alone[:, 1:])
+    return (units != alone[:, 2:]) | (rank < alone[:, :1]) | (rank >= alone[:, 1:2])
 
 
-def _column(column, start, ends, members, alone):
+def _column(column, start, ends, units, members, alone):
     """The next COLUMNS of the further rows of every token: their places, the rows, which of them count, all [n, COLUMNS]."""
     at = column + jnp.arange(COLUMNS, dtype=jnp.int32)
     place = jax.vmap(lambda x: jnp.searchsorted(x, at, side="right"))(ends).astype(jnp.int32)
     place = jnp.minimum(place, ends.shape[1] - 1)
     taken = at[None, :] < ends[:, -1:]
     rows = members.rows[jnp.where(taken, jnp.take_along_axis(start, place, axis=1) + at[None, :], 0)]
-    return place, rows, taken & ((place == ends.shape[1] - 1) | outside(rows, members, alone))
+    return place, rows, taken & stays(rows, jnp.take_along_axis(units, place, axis=1), members, alone)
 
 
 def _while_rows(more, add, state):

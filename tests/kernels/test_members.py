@@ -69,7 +69,9 @@ def dense(hidden, unembed, units, alone, folds, order):
     if alone is not None:
         rank, low, high = order
         begins = (rank >= low[alone][:, None]) & (rank < high[alone][:, None]) & (alone >= 0)[:, None]
-        inside[:, :-1] &= ~begins[:, None]
+        unit_of = np.concatenate([np.where(f < 0, -1, t * V + f) for t, f in enumerate(folds)])
+        left = np.where(alone >= 0, unit_of[np.maximum(units[:, -1], 0)], -1)  # only the unit that it is otherwise in loses it
+        inside &= ~(begins[:, None] & ((units == left[:, None]) & (left >= 0)[:, None])[:, :, None])
     there = inside.any(axis=2)
     shown = jnp.where(inside | ~there[:, :, None], jnp.broadcast_to(logits[:, None], inside.shape), -jnp.inf)
     return jnp.where(there, jax.nn.logsumexp(shown, axis=2), -jnp.inf)
@@ -234,7 +236,29 @@ def test_members_by_hand():
     np.testing.assert_array_equal(made.fat_lanes, [[0]])
 
 
+def test_what_is_set_apart_leaves_its_own_unit_only():
+    # 1 2 3 a 12 123 of a teacher that has 1 2 3 a 123: 12 is compared in 1, and 123, which begins with it, in itself.
+    from a1jax.align import byte_table, extensions, target, vocab_map
+
+    student, teacher = (
+        byte_table.make(list(words)) for words in ((b"1", b"2", b"3", b"a", b"12", b"123"), (b"1", b"2", b"3", b"a", b"123"))
+    )
+    made = vocab_map.build(student, teacher)
+    assert made.unit_of_student.tolist() == [0, 1, 2, 3, 0, 5]
+    rng = np.random.default_rng(0)
+    hidden, unembed = rng.normal(size=(1, D)), rng.normal(size=(6, D))
+    p = np.exp(hidden @ unembed.T) / np.exp(hidden @ unembed.T).sum()
+    folded, _ = target.fold(p, made, np.array([4]))
+    for thin in (16, 1):
+        built = members([made.unit_of_student], thin, 16, extensions.prefixes(made))
+        units = jnp.array([[0, 5, 3, 4]], jnp.int32)
+        found = jax.jit(gather_units)(*singles(hidden, unembed), units, built, jnp.array([4], jnp.int32))
+        np.testing.assert_allclose(np.exp(np.asarray(found)) / np.exp(hidden @ unembed.T).sum(), folded[:, [0, 5, 3, 4]], rtol=1e-5)
+
+
 def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="alone needs members that were made with prefixes"):
+        gather_units(jnp.ones((1, 2)), jnp.ones((3, 2)), jnp.zeros((1, 1), jnp.int32), members([np.arange(3)]), jnp.zeros(1, jnp.int32))
     with pytest.raises(ValueError, match="at least one"):
         members([])
     with pytest.raises(ValueError, match="of one V"):
