@@ -1,7 +1,7 @@
 """On-policy distillation by salient vocabulary alignment (SVA), of a teacher with the student's tokenizer or with another one.
 
 At every token the student wrote, S is the teacher's k best ids; with another tokenizer its k best *units*, each a sum over ids of the
-student (``members``), and the token really written where it has to be compared on its own (``alone``). Both distributions are
+student (``members``), and the written token with what begins with it where that is no unit (``alone``). Both distributions are
 renormalised on S and compared there (arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient
 need k rows of its output matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported
 unless refused.

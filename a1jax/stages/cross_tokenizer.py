@@ -11,9 +11,10 @@ import dataclasses
 import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, get_args
 
 from .. import metrics
+from ..align.vocab_map import Mode
 from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
 from ..domains import DOMAINS
@@ -60,7 +61,14 @@ class CrossTokenizer:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self):
+        for what in ("domains", "families", "arms", "seeds"):
+            if not getattr(self, what):
+                raise ConfigError(f"{what} is empty; name at least one")
         for name, arm in self.arms.items():
+            if arm.alignment not in ("", *get_args(Mode)):
+                raise ConfigError(
+                    f"arms.{name}.alignment is '{arm.alignment}'; choose one of {', '.join(get_args(Mode))}, or leave it empty"
+                )
             if arm.family not in self.families:
                 raise ConfigError(f"arms.{name}.family is '{arm.family}'; families are {', '.join(self.families)}")
             unknown = set(arm.settings) - {f.name for f in dataclasses.fields(distill.DistillConfig)}
@@ -69,6 +77,9 @@ class CrossTokenizer:
         for name in self.domains:
             if name not in DOMAINS:
                 raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(DOMAINS))}")
+            for field in ("runs", "extra"):
+                if name not in getattr(self, field):
+                    raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
 
 
 def digits(domains: tuple[str, ...]) -> list[str]:
@@ -156,7 +167,9 @@ def distil(
 ) -> Params:
     """The student after the arm's distillation."""
     sides = (theirs.model, theirs.tokenizer, (student.model, student.tokenizer), arm.alignment)
-    teachers = {d: open_teacher(models[teacher.stage_name(d)], *sides) for d in cfg.domains}
+    made = {d: models[teacher.stage_name(d)] for d in cfg.domains}
+    first = open_teacher(made[cfg.domains[0]], *sides)  # one map for all: it is the same, and what is computed of it is kept
+    teachers = {d: dataclasses.replace(first, params=params_of_d) for d, params_of_d in made.items()}
     return distill.run(dataclasses.replace(cfg.distill, **arm.settings), params, teachers, student, name)
 
 
@@ -170,7 +183,7 @@ def judge(cfg: CrossTokenizer, setting: Setting, limits: Limits, models: dict[st
 
 
 def last_shares(lines: list[dict[str, Any]], stage: str) -> dict[str, float]:
-    """Means over a stage's steps of what it reports of its positions and its loss."""
+    """Means over a stage's steps of the shares of positions that it reports."""
     own = [line for line in lines if line["stage"] == stage]
     names = {n for line in own for n in line if n.startswith("align/")}
     return {n: sum(line[n] for line in own if n in line) / max(1, sum(n in line for line in own)) for n in sorted(names)}

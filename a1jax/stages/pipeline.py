@@ -154,7 +154,8 @@ def _actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: 
         return models[name], Engine(setting.model, setting.tokenizer, cfg.limits)
     found = given[name]
     length = max(cfg.limits.max_length, cfg.distill.teacher_max_length)
-    return found.params, Engine(found.model, found.tokenizer, dataclasses.replace(cfg.limits, max_length=length))
+    turn = -(-cfg.limits.max_turn_tokens * length // cfg.limits.max_length)  # its turns grow as its runs do
+    return found.params, Engine(found.model, found.tokenizer, dataclasses.replace(cfg.limits, max_length=length, max_turn_tokens=turn))
 
 
 def distill_flops_in_sft_steps(cfg: Experiment) -> float:

@@ -28,7 +28,8 @@ from .ops import SLAB, logsumexp
 
 TILE = 1024  # rows of the teacher that are searched at a time
 BLOCK = 2048  # ids of the vocabulary at a time, where only the log-sum-exp is wanted
-LEAST_REST = 2.0**-24  # what a chain that took all of its source leaves there: half a unit in the last place of 1
+LEAST_REST = 2.0**-24  # left of a unit that a chain, or a class set apart, took all of: half a unit in the last place of 1. In float32
+# a rest below about 1e-6 of what was there is rounding: no less than this floor, and no more exact.
 
 Key = tuple[str, str, str, int]  # a map's mode, hashes of student and teacher, and the capacity of slices
 
@@ -63,7 +64,7 @@ class Positions(NamedTuple):
     row: np.ndarray  # [T] student row; from here on one entry per position, padding beyond all rows
     place: np.ndarray  # [T] in the searches' results, synchronised | narrow | wide: the best units
     total: np.ndarray  # [T] in the pool: log Z
-    mass: np.ndarray  # [T] in the pool: of ``unit``, before anything moves to it
+    mass: np.ndarray  # [T] in the pool: of ``unit``, before anything moves to it; where straddled and set apart, of that class
     source: np.ndarray  # [T] where chained: the unit that mass is taken from
     unit: np.ndarray  # [T] and the one it goes to
     alone: np.ndarray  # [T] or the token, where that is set apart as a class of its own; -1 otherwise, in all three
