@@ -101,8 +101,9 @@ def gather_units(
 ) -> jax.Array:
     """float32 [N, K]: the logits of units int32 [N, K], each the log-sum-exp of the logits of its rows; -inf at unit -1.
 
-    hidden [N, D]; unembed [V, D]. alone int32 [N], -1 for none: an id that is no unit, set apart at this token: its unit's
-    rows that begin with its bytes are left out of that unit, and the last place names their class, units[n, K - 1] = t * V + alone[n]. Exact for any fan-in. A unit without rows is -inf.
+    hidden [N, D]; unembed [V, D]. alone int32 [N], -1 for none: an id that is no unit, set apart at this token: its unit's rows that
+    begin with its bytes are left out of that unit, and the last place names their class, units[n, K - 1] = t * V + alone[n]. Exact for
+    any fan-in. A unit without rows is -inf.
     Gradient to hidden and unembed, summed in float32, from rows gathered again; zero for units of -inf.
     Memory: slab elements of gathered rows (it changes nothing else), and N * B logits where there are fat units.
     """

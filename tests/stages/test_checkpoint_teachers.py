@@ -76,7 +76,9 @@ def test_a_checkpoint_takes_the_place_of_stage_two(cfg, acts, tmp_path):
     for name in ("teacher_search (admission)", "teacher_search"):
         params, engine = actors[name]
         assert params is foreign.params and engine.tokenizer is foreign.tokenizer and engine.cfg == foreign.model
-        assert engine.limits == dataclasses.replace(cfg.limits, max_length=200)  # its tokens are other ones
+        turn = -(-cfg.limits.max_turn_tokens * 200 // cfg.limits.max_length)
+        assert turn > cfg.limits.max_turn_tokens  # its tokens are other ones, and more of them
+        assert engine.limits == dataclasses.replace(cfg.limits, max_length=200, max_turn_tokens=turn)
     assert actors["student"][1].limits == cfg.limits and actors["student"][1].cfg == cfg.model
     assert not list(tmp_path.glob("stages/*"))  # no copy of what it was given
 
