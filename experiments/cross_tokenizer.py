@@ -1,13 +1,30 @@
 """Teachers of other tokenizers: how much of what a teacher gives survives vocabulary alignment?
 
-    a1jax run experiments/cross_tokenizer.py                  # three seeds, about 50 minutes on 2 cores
+    a1jax run experiments/cross_tokenizer.py                  # three seeds, 20 to 30 minutes each on 2 cores
     a1jax run experiments/cross_tokenizer.py --set seeds='(1,)' --workdir runs/cross_1     # one of them
-    a1jax run experiments/cross_tokenizer.py:smoke            # the same path in about 2 minutes; learns nothing to speak of
+    a1jax run experiments/cross_tokenizer.py:smoke            # the same path in about 4 minutes; learns nothing
 
 One student of the quickstart after stage 1. Three families of teachers learn the same domains from the same runs, each in its own tokens:
 ``same`` in the student's; ``pieces`` in a vocabulary of another size that cuts the text elsewhere (names apart from their signs, call
 headers in parts, counters joined with the word before them); ``digits`` in one without any number, which it writes digit by digit.
 Each arm distils the same student with the same settings; they differ in the teachers and in the alignment.
+
+Measured (2 cores, Intel(R) Xeon(R) Processor, jax 0.10.2, other work beside it): seed 0 whole (commit 31a1a37, 29 minutes), success in
+percent on n = 300 tasks of 2, 4 and 6 steps a domain:
+
+    student after      search  tool_calling  mean  gain kept
+    no distillation      74.3          61.7  68.0
+    same_tokenizer       96.3          98.0  97.2      100 %
+    pieces_two_sided     93.7          99.7  96.7       98 %
+    pieces_one_sided     70.3           0.0  35.2     -113 %
+    pieces_shared         0.0           0.0   0.0     -233 %
+    digits_two_sided     94.0          99.7  96.8       99 %
+    digits_one_sided     94.0          99.0  96.5       98 %
+    digits_shared         0.0           0.0   0.0     -233 %
+
+Seed 1 was stopped half way; its student is weaker (no 6-step task solved): none 49.0, same_tokenizer 76.5, pieces_two_sided 53.2 (search
+48 -> 87, tool_calling 50 -> 19). So the target, 95 % of the gain, is met for one seed and missed for the other; three are not measured.
+Seen on the way: with Muon at 0.004 (the quickstart's) pieces_two_sided diverged over 100 steps where same_tokenizer did not.
 """
 
 import dataclasses
