@@ -168,6 +168,14 @@ def test_more_places_than_units_and_the_names_of_teachers_change_nothing(mode):
     close(again["jensen_shannon"], ((loss, metrics), (grads[0], grads[1][order])), 1e-5)
 
 
+def test_what_is_no_number_stays_none():
+    # A hidden state that has become NaN must show in the loss, also through classes of several ids.
+    hidden, unembed, values, units, alone, weights = batch()
+    run = ours("salient", ("jensen_shannon",))
+    (loss, _), _ = run(hidden.at[9].set(jnp.nan), unembed, values, units, alone, weights, MEMBERS)["jensen_shannon"]
+    assert np.isnan(loss) and weights[9] > 0
+
+
 def test_an_identity_is_the_plain_loss():
     rng = np.random.default_rng(2)
     hidden, unembed, values = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (V, D), (N, K)))
