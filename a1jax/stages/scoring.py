@@ -189,6 +189,9 @@ class Scorer:
     def _aligned(self, placed: Placed, batch: Batch) -> tuple[Batch, Scores, Metrics]:
         teacher, shape = self.teacher, placed.batch.tokens.shape
         read = views.view_all(placed.runs, self.student, teacher.tokenizer, self.show_tools)
+        refused = [view.refused for view in read if view.refused]
+        if refused and len(refused) == len(read):
+            raise DataError(f"a teacher cannot read any of the student's {len(read)} runs: {refused[0]}")
         theirs, row, start = _pack(read, self.max_length)
         turns = list(_turns(placed, read, row, start, shape[1], self.max_length))
         at = positions.positions(turns, teacher.vocab_map)
@@ -199,6 +202,7 @@ class Scorer:
         mask.reshape(-1)[at.masked] = 0.0
         report = at.report()
         shares = {f"align/{name}": value for name, value in report.items()}
+        shares["align/refused"] = len(refused) / max(len(read), 1)
         batch = dataclasses.replace(batch, mask=jnp.asarray(mask))
         if self.sampled:
             return batch, {"score": found.score.reshape(shape)}, shares

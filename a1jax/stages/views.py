@@ -12,17 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data import chat
+from ..data.errors import DataError
 from ..data.tokenizer import Tokenizer
 from ..types import Rollout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """tokens int32 [T']. ours, theirs: per turn [start, stop) in the student's tokens and in these."""
+    """tokens int32 [T']. ours, theirs: per turn [start, stop) in the student's tokens and in these. refused: why the teacher's template
+    does not go on to write this conversation; the turns from there on are empty in ``theirs``, so nothing of them is aligned."""
 
     tokens: np.ndarray
     ours: tuple[tuple[int, int], ...]
     theirs: tuple[tuple[int, int], ...]
+    refused: str = ""
 
 
 def turns(sampled: np.ndarray) -> list[tuple[int, int]]:
@@ -52,17 +55,23 @@ def _view(run: Rollout, ours: list[tuple[int, int]], ids: list[list[int]], ended
     models = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     models = models[len(models) - ended :]  # a turn that ended is a message; those before belong to the prompt
     first = models[0] if models else len(messages)
-    tokens = chat.tokenize(teacher, messages[:first], tools=tools, add_generation_prompt=True)[0].tolist()
-    theirs = []
-    for turn, written in enumerate(ids):
-        theirs.append((len(tokens), len(tokens) + len(written)))
-        tokens += written
-        if turn + 1 == len(ids):
-            break
-        start = models[turn] + 1
-        stop = models[turn + 1] if turn + 1 < len(models) else len(messages)
-        if teacher.chat_template is None:  # the built-in format needs the turn alone, see Engine
-            tokens += chat.continuation(teacher, messages[start - 1 : stop], 1)
-        else:
-            tokens += chat.continuation(teacher, messages[:stop], start, tools=tools)
-    return View(np.asarray(tokens, np.int32), tuple(ours), tuple(theirs))
+    tokens: list[int] = []
+    theirs: list[tuple[int, int]] = []
+    refused = ""
+    try:
+        tokens += chat.tokenize(teacher, messages[:first], tools=tools, add_generation_prompt=True)[0].tolist()
+        for turn, written in enumerate(ids):
+            theirs.append((len(tokens), len(tokens) + len(written)))
+            tokens += written
+            if turn + 1 == len(ids):
+                break
+            start = models[turn] + 1
+            stop = models[turn + 1] if turn + 1 < len(models) else len(messages)
+            if teacher.chat_template is None:  # the built-in format needs the turn alone, see Engine
+                tokens += chat.continuation(teacher, messages[start - 1 : stop], 1)
+            else:
+                tokens += chat.continuation(teacher, messages[:stop], start, tools=tools)
+    except DataError as error:  # a student's conversation may be odder than any that the template was written for
+        refused = str(error)
+        theirs += [(len(tokens), len(tokens))] * (len(ids) - len(theirs))
+    return View(np.asarray(tokens, np.int32), tuple(ours), tuple(theirs), refused)

@@ -13,11 +13,12 @@ from a1jax import checkpoint, optim, sharding, train
 from a1jax.align import byte_table
 from a1jax.config import ConfigError, bind
 from a1jax.data import chat
+from a1jax.data.errors import DataError
 from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import DOMAINS, solve
 from a1jax.models import transformer
 from a1jax.rollout.agent import Limits
-from a1jax.stages import cross_tokenizer, distill, experts, folders, scoring
+from a1jax.stages import cross_tokenizer, distill, experts, folders, scoring, views
 from a1jax.stages.distill import DistillConfig
 from a1jax.types import FINISHED, Rollout
 
@@ -180,6 +181,32 @@ def test_what_cannot_be_aligned_is_masked_and_counted(setting, stranger, runs):
     read = run.sampled[: cut + 1].sum()  # the last token that is read says what the next one is
     assert shares[f"align/masked/{run.domain}"] == pytest.approx(1 - read / run.sampled.sum())
     assert np.asarray(data["batch"].mask)[0].sum() == read
+
+
+def test_a_run_that_the_teachers_template_refuses_is_masked_and_a_template_that_refuses_all_is_an_error(setting, stranger, runs):
+    template = (
+        "{% for m in messages %}{% if '~' in m.content %}{{ raise_exception('no ~ here') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    strict = dataclasses.replace(stranger, tokenizer=stranger.tokenizer.with_template(template))
+    first, second = (r for r in runs if r.domain == setting.domains[0])
+    results = [n for n, m in enumerate(second.trajectory.messages) if m["role"] == "tool"]
+    messages = [{**m, "content": m["content"] + "~" * (n == results[0])} for n, m in enumerate(second.trajectory.messages)]
+    second = dataclasses.replace(second, trajectory=dataclasses.replace(second.trajectory, messages=tuple(messages)))
+    scorers, _ = scoring.make_scorers({"search": strict}, setting.tokenizer, CFG.k, 256, False, False, 96)
+
+    def score(*some):
+        placed = distill.pack_domain(list(some), 0, 2, 96)
+        return scorers["search"].score(placed, jax.tree.map(jnp.asarray, placed.batch))
+
+    batch, _, shares = score(first, second)
+    start, stop = views.turns(second.sampled)[0]
+    assert 0 < stop - start < second.sampled.sum()
+    seen = first.sampled.sum() + stop - start  # what it wrote before the result that the template refuses is compared
+    assert np.asarray(batch.mask).sum() == seen and shares["align/refused"] == 0.5
+    assert shares["align/masked"] == pytest.approx(1 - seen / (first.sampled.sum() + second.sampled.sum()))
+    with pytest.raises(DataError, match="cannot read any of the student's 1 runs: .*no ~ here"):
+        score(second)
 
 
 def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkeypatch):

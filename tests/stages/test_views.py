@@ -109,6 +109,29 @@ def test_a_teacher_with_a_template_reads_the_frame_of_that_template_and_the_stud
     assert spelled == expected.removesuffix("\n")
 
 
+REFUSES = (
+    "{% for m in messages %}{% if '@' in m.content %}{{ raise_exception('no @ here') }}{% endif %}"
+    "[{{ m.role }}]{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>\n{% else %}{{ m.content }}|\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_conversation_that_the_teachers_template_refuses_has_no_turns_from_there_on(tokenizer, digits):
+    run, teacher = expert_run(tokenizer, steps=3), digits.with_template(REFUSES)
+    messages = [{**m, "content": m["content"].replace("@", "")} for m in run.trajectory.messages]
+    fine = dataclasses.replace(run, trajectory=dataclasses.replace(run.trajectory, messages=tuple(messages)))
+    whole = views.view_all([fine], tokenizer, teacher, False)[0]
+    assert not whole.refused and all(b > a for a, b in whole.theirs) and len(whole.theirs) >= 3
+    results = [n for n, m in enumerate(messages) if m["role"] == "tool"]
+    for kept, place in ((0, 0), (1, results[0]), (2, results[1])):
+        odd = [{**m, "content": m["content"] + "@" * (n == place)} for n, m in enumerate(messages)]
+        odd = dataclasses.replace(run, trajectory=dataclasses.replace(run.trajectory, messages=tuple(odd)))
+        (view,) = views.view_all([odd], tokenizer, teacher, False)
+        assert "no @ here" in view.refused and view.ours == whole.ours and view.theirs[:kept] == whole.theirs[:kept]
+        assert view.theirs[kept:] == ((len(view.tokens),) * 2,) * (len(whole.ours) - kept)
+        np.testing.assert_array_equal(view.tokens, whole.tokens[: len(view.tokens)])
+
+
 def test_turns_of_a_mask():
     assert views.turns(np.array([0, 1, 1, 0, 0, 1], np.float32)) == [(1, 3), (5, 6)]
     assert views.turns(np.zeros(3, np.float32)) == [] and views.turns(np.ones(2, np.float32)) == [(0, 2)]
