@@ -67,8 +67,8 @@ def walk(
     """The walk of one map.
 
     fold int [V]: the unit that every id of the student is compared in, -1: none; valid bool [V]; rank int [V]. rows, units, keys int [E]:
-    the teacher's rows in any order, one also several times, the unit that each stands for (-1: none) and its key. block: most rows of
-    the student's in a block; of the teacher's it has as many more as there are more.
+    the teacher's rows in any order, one also several times, the unit that each stands for (-1: none) and its key. block: half the rows
+    of a block, which both sides share out as they have them.
     Raises ValueError for shapes that do not belong together and a block below 1.
     """
     fold, valid, rank, rows, units, keys = (np.asarray(x) for x in (fold, valid, rank, rows, units, keys))
@@ -80,7 +80,8 @@ def walk(
     ours = np.flatnonzero(valid)
     ours, theirs = ours[np.argsort(fold[ours], kind="stable")], np.argsort(units, kind="stable")
     names = np.union1d(fold[ours], units[theirs])
-    most = block, block * max(1, -(-theirs.size // max(ours.size, 1)))
+    share = ours.size / max(ours.size + theirs.size, 1)
+    most = max(1, round(2 * block * share)), max(1, round(2 * block * (1 - share)))  # both sides are through at about the same time
     counts = [
         np.searchsorted(own, names, "right") - np.searchsorted(own, names) for own in (fold[ours], units[theirs])
     ]  # of both sides' rows, per unit
