@@ -20,9 +20,8 @@ from jax import lax
 from a1jax.kernels.vocab_align import blocks, logsumexp
 from a1jax.kernels.vocab_align.unit_walk import Read, Walk
 from a1jax.losses import divergence as divergences
+from a1jax.losses import unit_sums
 from a1jax.losses.distill import ABSENT
-
-LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def aligned_divergence(
@@ -95,79 +94,6 @@ def batch_divergence(
     return tuple(x.at[line, index].add(y, mode="drop") for x, y in zip(found, more, strict=True))
 
 
-def _theirs(hidden, unembed, read, rows, keys):
-    """Logits [N, B'] of a block's rows, -inf where they are not possible, and which are set apart if their unit is alone_unit."""
-    matrix = unembed[jnp.maximum(rows, 0)]
-    fine = (rows >= 0) & ~jnp.any(jnp.isneginf(matrix), axis=1)
-    logits = blocks.product(hidden, jnp.where(fine[:, None], matrix, 0))
-    possible = fine[None, :] & _between(keys, read.low, read.high)
-    return jnp.where(possible, logits, -jnp.inf), _between(keys, read.apart_low, read.apart_high)
-
-
-def _ours(hidden, unembed, walk, read, rows):
-    """Logits [N, B] of a block's rows, -inf where they are no tokens, the rows, and as ``_theirs``."""
-    matrix = unembed[jnp.maximum(rows, 0)]
-    fine = (rows >= 0) & ~jnp.any(jnp.isneginf(matrix), axis=1)
-    matrix = jnp.where(fine[:, None], matrix, 0)
-    logits = jnp.where(fine[None, :], blocks.product(hidden, matrix), -jnp.inf)
-    return logits, matrix, _between(walk.rank[jnp.maximum(rows, 0)], read.our_low, read.our_high)
-
-
-def _between(x, low, high):
-    return (x[None, :] >= low[:, None]) & (x[None, :] < high[:, None])
-
-
-def _leaves(read, units):
-    """bool [N, B]: whether what is set apart leaves the unit int [B] of each row."""
-    return (units[None, :] == read.alone_unit[:, None]) & (read.alone >= 0)[:, None]
-
-
-def _split(logits, apart):
-    """(logits that stay in their units, those that are set apart)."""
-    return jnp.where(apart, -jnp.inf, logits), jnp.where(apart, logits, -jnp.inf)
-
-
-def _join(logits, place, count):
-    """[N, B] -> [N, count]: log-sum-exp of the columns of each place (rising), -inf where there is nothing."""
-    over = {"segment_ids": place, "num_segments": count, "indices_are_sorted": True}
-    most = jnp.clip(jax.ops.segment_max(logits.T, **over), -LARGEST, LARGEST)  # inf - inf would be no number
-    return (most + jnp.log(jax.ops.segment_sum(jnp.exp(logits.T - most[place]), **over))).T
-
-
-def _add(mass, logits, of):
-    """A fat unit's sum [N] with one more block's."""
-    more = jnp.logaddexp(mass[:, of], _join(logits, jnp.zeros(logits.shape[1], jnp.int32), 1)[:, 0])
-    return mass.at[:, of].set(more)
-
-
-def _teacher(hidden, unembed, walk, read):
-    """Log-sum-exps: of all possible rows [N], of those set apart [N], of the fat units [N, F] without them."""
-    start = blocks.start_logsumexp(hidden.shape[0])
-
-    def thin(sums, part):
-        units, rows, place, keys = part
-        logits, apart = _theirs(hidden, unembed, read, rows, keys)
-        _, away = _split(logits, apart & _leaves(read, units[place]))
-        return tuple(blocks.add_logsumexp(x, y) for x, y in zip(sums, (logits, away), strict=True)), None
-
-    def fat(state, part):
-        (total, apart), mass = state
-        of, rows, keys = part
-        logits, between = _theirs(hidden, unembed, read, rows, keys)
-        stay, away = _split(logits, between & _leaves(read, walk.fat_units[of][None]))
-        return ((blocks.add_logsumexp(total, logits), blocks.add_logsumexp(apart, away)), _add(mass, stay, of)), None
-
-    sums = lax.scan(thin, (start, start), (walk.units, walk.theirs, walk.their_place, walk.keys))[0]
-    mass = _nothing(hidden, walk)
-    if walk.fat_of.shape[0]:
-        sums, mass = lax.scan(fat, (sums, mass), (walk.fat_of, walk.fat_theirs, walk.fat_keys))[0]
-    return *(blocks.finish_logsumexp(x) for x in sums), mass
-
-
-def _nothing(hidden, walk):
-    return jnp.full((hidden.shape[0], walk.fat_units.shape[0]), -jnp.inf, jnp.float32)
-
-
 def _classes(teacher, units, read):
     """Log-probabilities [N, L] of a block's units with the chain's mass moved, and whether each is a class."""
     named, score = (units >= 0)[None, :], read.score[:, None]
@@ -189,7 +115,7 @@ def _terms(term, student, teacher, counts):
 
 def _forward(student_hidden, student_unembed, teacher_hidden, teacher_unembed, walk, read, divergence, block):
     term = divergences.term(divergence)
-    total, apart, fat_theirs = _teacher(teacher_hidden, teacher_unembed, walk, read)
+    total, apart, fat_theirs = unit_sums.teacher(teacher_hidden, teacher_unembed, walk, read)
     silent = jnp.isneginf(total)  # a teacher that rules out what is written says nothing about how it goes on
     total = jnp.where(silent, 0, total)
     moves = (read.chained > 0) & ~jnp.isneginf(read.score) & ~silent
@@ -203,29 +129,29 @@ def _forward(student_hidden, student_unembed, teacher_hidden, teacher_unembed, w
     def fat(state, part):
         mass, own = state
         of, rows = part
-        logits, _, between = _ours(student_hidden, student_unembed, walk, read, rows)
-        stay, away = _split(logits, between & _leaves(read, walk.fat_units[of][None]))
-        return (_add(mass, stay, of), blocks.add_logsumexp(own, away)), None
+        logits, _, between = unit_sums.ours(student_hidden, student_unembed, walk, read, rows)
+        stay, away = unit_sums.split(logits, between & unit_sums.leaves(read, walk.fat_units[of][None]))
+        return (unit_sums.add(mass, stay, of), blocks.add_logsumexp(own, away)), None
 
-    fat_ours, own = _nothing(student_hidden, walk), blocks.start_logsumexp(total.shape[0])
+    fat_ours, own = unit_sums.nothing(student_hidden, walk), blocks.start_logsumexp(total.shape[0])
     if walk.fat_of.shape[0]:
         fat_ours, own = lax.scan(fat, (fat_ours, own), (walk.fat_of, walk.fat_ours))[0]
 
     def add(sums, student, teacher, units):
         teacher, counts = _classes(teacher - total[:, None], units, read)
         student = student - everything[:, None]
-        rests = jnp.where(counts, 0, jnp.exp(student)), jnp.where(units >= 0, 0, jnp.exp(teacher))
+        rests = jnp.where(counts, 0, jnp.exp(student)), jnp.where((units >= 0)[None, :], 0, jnp.exp(teacher))
         parts = (*_terms(term, student, teacher, counts), *rests)
         return tuple(x + jnp.sum(y, axis=1) for x, y in zip(sums, parts, strict=True))
 
     def thin(state, part):
         sums, own = state
         units, rows, place, their_rows, their_place, keys = part
-        logits, _, between = _ours(student_hidden, student_unembed, walk, read, rows)
-        stay, away = _split(logits, between & _leaves(read, units[place]))
-        teacher, their_apart = _theirs(teacher_hidden, teacher_unembed, read, their_rows, keys)
-        teacher, _ = _split(teacher, their_apart & _leaves(read, units[their_place]))
-        sums = add(sums, _join(stay, place, units.size), _join(teacher, their_place, units.size), units)
+        logits, _, between = unit_sums.ours(student_hidden, student_unembed, walk, read, rows)
+        stay, away = unit_sums.split(logits, between & unit_sums.leaves(read, units[place]))
+        teacher, their_apart = unit_sums.theirs(teacher_hidden, teacher_unembed, read, their_rows, keys)
+        teacher, _ = unit_sums.split(teacher, their_apart & unit_sums.leaves(read, units[their_place]))
+        sums = add(sums, unit_sums.join(stay, place, units.size), unit_sums.join(teacher, their_place, units.size), units)
         return (sums, blocks.add_logsumexp(own, away)), None
 
     sums = add((jnp.zeros(total.shape, jnp.float32),) * 5, fat_ours, fat_theirs, walk.fat_units)
@@ -274,9 +200,9 @@ def _divergence_backward(divergence, block, saved, cotangents):
     def add(gradients, rows, place, units, of_block):
         """One block's part. An id's share in its class is p / (the class's), and every class feels the sum of all slopes through p."""
         d_hidden, d_unembed = gradients
-        logits, matrix, between = _ours(student_hidden, student_unembed, walk, read, rows)
+        logits, matrix, between = unit_sums.ours(student_hidden, student_unembed, walk, read, rows)
         student, slope, counts = (x[:, place] for x in of_block)
-        apart = between & _leaves(read, units[place])
+        apart = between & unit_sums.leaves(read, units[place])
         logp = logits - everything[:, None]
         share = jnp.where(apart, logp - own, jnp.where(counts, logp - student, logp))
         share = jnp.where(jnp.isneginf(logits), 0, jnp.exp(share))
@@ -289,11 +215,11 @@ def _divergence_backward(divergence, block, saved, cotangents):
 
     def thin(gradients, part):
         units, rows, place, their_rows, their_place, keys = part
-        logits, _, between = _ours(student_hidden, student_unembed, walk, read, rows)
-        stay, _ = _split(logits, between & _leaves(read, units[place]))
-        teacher, their_apart = _theirs(teacher_hidden, teacher_unembed, read, their_rows, keys)
-        teacher, _ = _split(teacher, their_apart & _leaves(read, units[their_place]))
-        of_block = classes(_join(stay, place, units.size), _join(teacher, their_place, units.size), units)
+        logits, _, between = unit_sums.ours(student_hidden, student_unembed, walk, read, rows)
+        stay, _ = unit_sums.split(logits, between & unit_sums.leaves(read, units[place]))
+        teacher, their_apart = unit_sums.theirs(teacher_hidden, teacher_unembed, read, their_rows, keys)
+        teacher, _ = unit_sums.split(teacher, their_apart & unit_sums.leaves(read, units[their_place]))
+        of_block = classes(unit_sums.join(stay, place, units.size), unit_sums.join(teacher, their_place, units.size), units)
         return add(gradients, rows, place, units, of_block), None
 
     def fat(gradients, part):

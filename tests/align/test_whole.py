@@ -12,7 +12,7 @@ from a1jax.kernels.vocab_align import aligned_targets
 from a1jax.kernels.vocab_align.members import members
 from a1jax.kernels.vocab_align.unit_walk import Read, walk
 
-from a1jax.align import extensions, positions, spans, target, vocab_map, whole
+from a1jax.align import byte_table, extensions, positions, spans, target, vocab_map, whole
 from a1jax.config import ConfigError
 from a1jax.losses import full_aligned
 from a1jax.losses.distill import sva
@@ -26,26 +26,27 @@ NAMES = get_args(Divergence)
 class Case:
     """Turns of a pair at random rows of a batch, and both models."""
 
-    def __init__(self, made, pairs, scale=1.0, seed=0):
+    def __init__(self, made, pairs, shape=(ROWS, LENGTH), scale=1.0, seed=0):
         """pairs: (student ids, teacher ids, text) of every turn."""
+        self.shape, size = shape, shape[0] * shape[1]
         rng = np.random.default_rng(seed)
         count = [sum(len(pair[side]) for pair in pairs) for side in (0, 1)]
-        rows = [rng.permutation(size)[:n] for size, n in zip((ROWS * LENGTH, count[1] + 9), count, strict=True)]
+        rows = [rng.permutation(size)[:n] for size, n in zip((size, count[1] + 9), count, strict=True)]
         cut = [np.split(r, np.cumsum([len(pair[side]) for pair in pairs])[:-1]) for side, r in enumerate(rows)]
         self.map, self.turns = made, [positions.Turn(*p[:2], *at, p[2]) for p, *at in zip(pairs, *cut, strict=True)]
-        sizes = (ROWS * LENGTH, D), (len(made.student_valid), D), (count[1] + 9, WIDE), (len(made.teacher_valid), WIDE)
+        sizes = (size, D), (len(made.student_valid), D), (count[1] + 9, WIDE), (len(made.teacher_valid), WIDE)
         arrays = [rng.normal(size=s) * scale for s in sizes]
         self.hidden, self.unembed, self.theirs, self.matrix = (np.asarray(x, np.float32) for x in arrays)
-        self.weights = rng.random((ROWS, LENGTH)).astype(np.float32)
+        self.weights = rng.random(shape).astype(np.float32)
 
     def compared(self, block=16, score=None):
         """What the divergence takes, and the positions."""
         at = positions.positions(self.turns, self.map)
-        found = whole.reads(at, self.map, ROWS, LENGTH)
+        found = whole.reads(at, self.map, *self.shape)
         if score is None:
             given = jnp.asarray(self.theirs), jnp.asarray(self.matrix), positions.tables(self.map), at
-            score = np.asarray(aligned_targets(*given, 1, ROWS * LENGTH).score)
-        reads = found.with_score(score.reshape(ROWS, LENGTH))
+            score = np.asarray(aligned_targets(*given, 1, self.weights.size).score)
+        reads = found.with_score(score.reshape(self.shape))
         theirs = self.theirs[found.teacher_row]
         return (theirs, self.matrix, self.weights, whole.walks(self.map, block), *reads, found.index), at
 
@@ -67,7 +68,7 @@ class Case:
         return [np.array(x) for x in found]
 
     def scores(self):
-        made, (rows, *_, score) = np.zeros(ROWS * LENGTH, np.float32), self.dense()
+        made, (rows, *_, score) = np.zeros(self.weights.size, np.float32), self.dense()
         made[rows] = score
         return made
 
@@ -94,7 +95,7 @@ def reference(case, hidden, unembed, q, residual, column, name):
 @functools.partial(jax.jit, static_argnames=("names", "block"))
 def ours(hidden, unembed, theirs, matrix, weights, walks, reads, inside, index, names=NAMES, block=32):
     def loss(hidden, unembed, name):
-        arrays = hidden.reshape(ROWS, LENGTH, -1), unembed, theirs, matrix, walks, reads, inside, index
+        arrays = hidden.reshape(*weights.shape, -1), unembed, theirs, matrix, walks, reads, inside, index
         value, entropy = full_aligned.batch_divergence(*arrays, divergence=name, block=block)
         return jnp.sum(weights * value), (value, entropy)
 
@@ -234,6 +235,22 @@ def test_it_is_mode_tail_with_all_units(known):
     np.testing.assert_allclose(metrics["distill/teacher_entropy"], entropy.reshape(-1)[weights > 0].mean(), rtol=1e-4)
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("names", [("qwen3", "mistral"), ("mistral", "qwen3")])
+def test_real_tokenizers_equal_the_dense_form(tokenizers, names):
+    """Hard text, and a turn cut within a character; scores from the search."""
+    student, teacher = (tokenizers[name] for name in names)
+    texts = ["x = 1234567.90;\r\n\tdef f(a):", "\u8a9e\u8a00 \U0001f468\u200d\U0001f469", " a cafe\u0301, internationally"]
+    pairs = [([*student.encode(t), student.eos_id], [*teacher.encode(t), teacher.eos_id], t.encode()) for t in texts]
+    single = {b: i for i, b in enumerate(byte_table.of(teacher).bytes) if len(b) == 1}
+    pairs.append((student.encode(" caf\u00e9"), [*teacher.encode(" caf"), single[b"\xc3"]], None))
+    case = Case(vocab_map.build(student, teacher), pairs, (1, 64), scale=0.5)
+    at, _ = assert_dense(case, NAMES[:1], 2048, searched=True)
+    rows = at.row < 64
+    straddled = at.starts.low[rows] >= len(case.map.order)
+    assert straddled.sum() > 2 and at.chained[rows].sum() > 2 and len(at.masked)
+    assert names[0] == "mistral" or (at.alone[rows] >= 0).any()
 
 
 def coarse(fold, hidden, unembed, theirs, matrix, name="reverse"):
