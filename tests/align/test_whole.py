@@ -241,16 +241,15 @@ def test_it_is_mode_tail_with_all_units(known):
 def test_real_tokenizers_equal_the_dense_form(tokenizers, names):
     """Hard text, and a turn cut within a character; scores from the search."""
     student, teacher = (tokenizers[name] for name in names)
-    texts = ["x = 1234567.90;\r\n\tdef f(a):", "\u8a9e\u8a00 \U0001f468\u200d\U0001f469", " a cafe\u0301, internationally"]
+    texts = ["\u8a9e\u8a00 \U0001f468\u200d\U0001f469", "f(a):\r\n\tx"]
     pairs = [([*student.encode(t), student.eos_id], [*teacher.encode(t), teacher.eos_id], t.encode()) for t in texts]
     single = {b: i for i, b in enumerate(byte_table.of(teacher).bytes) if len(b) == 1}
     pairs.append((student.encode(" caf\u00e9"), [*teacher.encode(" caf"), single[b"\xc3"]], None))
-    case = Case(vocab_map.build(student, teacher), pairs, (1, 64), scale=0.5)
+    case = Case(vocab_map.build(student, teacher), pairs, (1, 32), scale=0.5)
     at, _ = assert_dense(case, NAMES[:1], 2048, searched=True)
-    rows = at.row < 64
+    rows = at.row < 32
     straddled = at.starts.low[rows] >= len(case.map.order)
-    assert straddled.sum() > 2 and at.chained[rows].sum() > 2 and len(at.masked)
-    assert names[0] == "mistral" or (at.alone[rows] >= 0).any()
+    assert straddled.any() and at.chained[rows].any() and (at.alone[rows] >= 0).any() and len(at.masked)
 
 
 def coarse(fold, hidden, unembed, theirs, matrix, name="reverse"):
