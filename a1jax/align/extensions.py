@@ -56,14 +56,23 @@ def continuing(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: in
     return _continuing(vocab_map, int(teacher_id), int(offset), int(student_id))
 
 
+def going_on(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> tuple[int, int]:
+    """low <= rank < high of the teacher's tokens that share those bytes and go on with those, whatever they stand for."""
+    return _going_on(vocab_map, int(teacher_id), int(offset), int(student_id))
+
+
 @functools.lru_cache(maxsize=1 << 16)
-def _continuing(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> np.ndarray:
+def _going_on(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> tuple[int, int]:
     words, raw = _teacher_words(vocab_map)
     start = vocab_map.teacher_starts[teacher_id]
     ours = vocab_map.student_symbols[vocab_map.student_starts[student_id] : vocab_map.student_starts[student_id + 1]]
     text = raw[start : start + offset] + _bytes(ours)
-    low = bisect.bisect_left(words, text)
-    high = bisect.bisect_right(words, text, key=lambda word: word[: len(text)])
+    return bisect.bisect_left(words, text), bisect.bisect_right(words, text, key=lambda word: word[: len(text)])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _continuing(vocab_map: VocabMap, teacher_id: int, offset: int, student_id: int) -> np.ndarray:
+    low, high = _going_on(vocab_map, teacher_id, offset, student_id)
     ids = vocab_map.order[low:high].astype(np.int64)
     place = vocab_map.teacher_starts[ids] + offset
     return ids[vocab_map.suffix[place] == vocab_map.unit_of_student[student_id]]

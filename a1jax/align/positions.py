@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from a1jax.align import spans
+from a1jax.align import extensions, spans
 from a1jax.align.slices import slices
 from a1jax.align.spans import Ids
 from a1jax.align.sums import Entries, Flat, Queries, bucket, continuing, joined, members, narrow_sums, pad, ranges, unit_at
@@ -27,7 +27,7 @@ from a1jax.align.trie import NONE
 from a1jax.align.vocab_map import VocabMap
 from a1jax.config import ConfigError
 from a1jax.kernels.vocab_align import layout
-from a1jax.kernels.vocab_align.targets import TILE, Key, Positions, Tables
+from a1jax.kernels.vocab_align.targets import TILE, Key, Positions, Starts, Tables
 
 CAPACITY = 1024
 """Tokens of the teacher that a slice may have for its rows to be gathered. A gathered row costs about as much as 10 (a CPU) to 240 (a TPU)
@@ -110,7 +110,22 @@ def positions(turns: Sequence[Turn], vocab_map: VocabMap, capacity: int = CAPACI
         counts={"entries": entries.count, "rows": int(flat.teacher_row.max(initial=-1)) + 1,
                 "student_rows": int(max(flat.student_row.max(initial=-1), flat.masked.max(initial=-1))) + 1},
         masked=flat.masked.astype(np.int32), shares=_shares(flat, links > 0), key=key(vocab_map, capacity),
+        starts=Starts(*(pad(x, count) for x in _starts(flat, begun, vocab_map))),
     )  # fmt: skip
+
+
+def _starts(flat: Flat, begun: np.ndarray, vocab_map: VocabMap) -> list[np.ndarray]:
+    """The columns of ``Starts``; begun: the positions where a token is set apart inside of one of the teacher's."""
+    tokens, offset = flat.teacher_id[flat.teacher], flat.offset.astype(np.int64)
+    place = vocab_map.teacher_starts[tokens] + offset
+    low = np.where(offset > 0, vocab_map.low[place], 0)
+    high = np.where(offset > 0, vocab_map.high[place], int(vocab_map.teacher_valid.sum()))
+    apart = np.zeros((2, len(offset)), np.int64)
+    for at in begun:
+        apart[:, at] = extensions.going_on(vocab_map, tokens[at], offset[at], flat.alone[at])
+    shift = offset * len(vocab_map.order)
+    some = apart[1] > apart[0]
+    return [flat.teacher_row[flat.teacher], low + shift, high + shift, *np.where(some, apart + shift, 0)]
 
 
 def tables(vocab_map: VocabMap, block: int | None = None, capacity: int = CAPACITY) -> Tables:

@@ -8,7 +8,8 @@ unless refused.
 
     salient  renormalised on S: the paper. Never negative. Zero only if both agree on S.
     tail     one more class holds the rest on both sides: sees mass outside S, costs the student's log-sum-exp and its gradient.
-    full     the whole vocabulary (k = V): ``distill`` only, as it needs the teacher's hidden states and not its logits on S.
+    full     the whole vocabulary (k = V): ``distill`` only, as it needs the teacher's hidden states and not its logits on S;
+             of another tokenizer all units: ``full_aligned``.
 
 A fourth form, ``sampled``, needs one number of the teacher per token; it lies in its own file.
 """

@@ -32,7 +32,7 @@ from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..sharding import flatten_tokens
 from ..types import ABORTED, Metrics, Params, Rollout, TrainState
-from . import experts, scoring
+from . import experts, full, scoring
 from .scoring import Placed, Teacher
 from .setting import Setting, train_stage
 from .sft import router_metrics
@@ -48,8 +48,8 @@ class DistillConfig:
     rows: int = 12  # packed rows per domain and step; runs that find no room are left out and counted
     max_length: int = 512  # tokens per packed row, at least limits.max_length
     k: int = 16  # ids on which student and teacher are compared
-    mode: Literal["salient", "tail", "sampled"] = (
-        "salient"  # renormalised on S (the paper); with one more class for the rest; written token only
+    mode: Literal["salient", "tail", "sampled", "full"] = (
+        "salient"  # renormalised on S (the paper); with one more class for the rest; written token only; all units, k is not read
     )
     divergence: Divergence = "reverse"  # the paper's; forward and jensen_shannon in every mode
     reduction: Literal["domain_mean", "sample_mean", "token_mean"] = "domain_mean"  # domain_mean is the paper's
@@ -80,6 +80,11 @@ class DistillConfig:
                 f"DistillConfig.mode 'sampled' is an estimate from tokens drawn at temperature 1, and limits.temperature is "
                 f"{self.limits.temperature}; set it to 1.0"
             )
+        if self.mode == "full" and self.rows % self.microbatches:
+            raise ConfigError(
+                f"DistillConfig.rows is {self.rows} and microbatches {self.microbatches}; mode 'full' needs a multiple of them, so that "
+                "every micro-batch has rows of every domain"
+            )
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("DistillConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
 
@@ -90,15 +95,25 @@ def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, A
 
 
 def loss(
-    params: Params, data: dict[str, Any], share: float, model: ModelConfig, cfg: DistillConfig, members: Any = None
+    params: Params,
+    data: dict[str, Any],
+    share: float,
+    model: ModelConfig,
+    cfg: DistillConfig,
+    members: Any = None,
+    frozen: full.Frozen | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """SVA on the tokens the student wrote; targets are arrays, so no teacher is differentiated. Routes in the batch are replayed.
 
-    members: which ids each class of the targets sums over (``scoring.make_scorers``); None: every id is a class."""
+    members: which ids each class of the targets sums over (``scoring.make_scorers``); None: every id is a class. frozen: the teachers'
+    matrices, in mode "full" only."""
     batch, flat = data["batch"], flatten_tokens
     hidden, aux = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model, batch.routes)
-    hidden, unembed, weights = flat(hidden), transformer.unembed(params, model), flat(data["weights"])
-    if cfg.mode == "sampled":
+    unembed = transformer.unembed(params, model)
+    states, hidden, weights = hidden, flat(hidden), flat(data["weights"])
+    if cfg.mode == "full":
+        value, out = full.loss(states, unembed, data["full"], frozen, data["weights"], cfg.divergence, cfg.vocab_block)
+    elif cfg.mode == "sampled":
         arrays = (hidden, unembed, flat(batch.targets), flat(data["score"]), weights)
         value, out = sampled(*arrays, divergence=cfg.divergence, block=cfg.vocab_block)
     else:
@@ -175,11 +190,14 @@ class OnPolicy:
             left_out += placed.left_out
             shares |= {f"{name}/{domain}": value for name, value in found.items()}
             pieces.append({"batch": batch, **scores})
-        data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
+        if cfg.mode == "full":
+            data = {"batch": full.together([p.pop("batch") for p in pieces], cfg.microbatches), "full": pieces}
+        else:
+            data = jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces)
         if cfg.coverage_every > 1:
             data["measured"] = jnp.full(data["batch"].tokens.shape[0], at % cfg.coverage_every == 0)
         out = {
-            "tokens": int(sum((p["batch"].segment_ids > 0).sum() for p in pieces)),
+            "tokens": int((data["batch"].segment_ids > 0).sum()),
             "rollout/left_out": left_out,
             "rollout/seconds": sampled - began,
             "score/seconds": time.perf_counter() - sampled,
@@ -231,12 +249,22 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], settin
         cfg.mode == "sampled",
         cfg.limits.show_tools,
         cfg.teacher_max_length or cfg.max_length,
+        cfg.mode == "full",
     )
+    frozen = None
+    if cfg.mode == "full":
+        full.check(teachers, setting.mesh is not None)
+        frozen = full.frozen([teachers[d] for d in setting.domains], cfg.vocab_block)
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
-        loss_fn = functools.partial(loss, model=setting.model, cfg=cfg, members=members)
         weigh_fn = functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction)
-        return jax.jit(train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish), donate_argnums=(0,))
+
+        def step(state: TrainState, data: Any, frozen: full.Frozen | None) -> tuple[TrainState, Metrics]:
+            loss_fn = functools.partial(loss, model=setting.model, cfg=cfg, members=members, frozen=frozen)
+            return train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish)(state, data)
+
+        compiled = jax.jit(step, donate_argnums=(0,))
+        return lambda state, data: compiled(state, data, frozen)  # an argument: a constant would be part of the program
 
     def make_source() -> OnPolicy:
         return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), scorers)

@@ -33,11 +33,12 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..sharding import flatten_tokens, unflatten_tokens
 from ..types import Batch, Metrics, Params, Rollout
-from . import folders, views
+from . import folders, full, views
 
 Scores = dict[str, Any]
 """float32 [B, T, K] "teacher_logits" at int32 [B, T, K] "support"; float32 [B, T] "teacher_logsumexp"; where any teacher has another
-tokenizer also int32 [B, T] "alone"; in mode "sampled" only float32 [B, T] "score": log-probability of the token that was written."""
+tokenizer also int32 [B, T] "alone"; in mode "sampled" only float32 [B, T] "score": log-probability of the token that was written; in
+mode "full" what ``full.native`` or ``full.aligned`` says."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,7 +168,9 @@ class Scorer:
         fold: int,
         show_tools: bool,
         max_length: int,
+        everything: bool = False,
     ):
+        self.everything = everything
         self.teacher, self.student, self.k, self.block = teacher, student, k, block
         self.sampled, self.foreign, self.fold, self.show_tools, self.max_length = sampled, foreign, fold, show_tools, max_length
         self.tables = None if teacher.vocab_map is None else positions.tables(teacher.vocab_map)
@@ -178,6 +181,8 @@ class Scorer:
             return self._aligned(placed, batch)
         if self.sampled:
             return batch, _jit(written, model=self.teacher.model, block=self.block)(self.teacher.params, batch), {}
+        if self.everything:
+            return batch, _jit(full.native, model=self.teacher.model)(self.teacher.params, batch), {}
         scores = _jit(native, model=self.teacher.model, k=self.k, block=self.block)(self.teacher.params, batch)
         if self.foreign:  # another domain's teacher brings one more place
             shift = self.fold * self.teacher.model.vocab_size
@@ -197,13 +202,15 @@ class Scorer:
         at = positions.positions(turns, teacher.vocab_map)
         hidden = _jit(_hidden, model=teacher.model)(teacher.params, theirs)
         unembed = transformer.unembed(teacher.params, teacher.model)
-        found = vocab_align.aligned_targets(hidden, unembed, self.tables, at, self.k, shape[0] * shape[1])
+        found = vocab_align.aligned_targets(hidden, unembed, self.tables, at, 1 if self.everything else self.k, shape[0] * shape[1])
         mask = np.array(placed.batch.mask)
         mask.reshape(-1)[at.masked] = 0.0
         report = at.report()
         shares = {f"align/{name}": value for name, value in report.items()}
         shares["align/refused"] = len(refused) / max(len(read), 1)
         batch = dataclasses.replace(batch, mask=jnp.asarray(mask))
+        if self.everything:
+            return batch, full.aligned(at, teacher.vocab_map, hidden, found, *shape), shares
         if self.sampled:
             return batch, {"score": found.score.reshape(shape)}, shares
         shift = self.fold * len(teacher.vocab_map.unit_of_student)
@@ -213,7 +220,14 @@ class Scorer:
 
 
 def make_scorers(
-    teachers: dict[str, Teacher], student: Tokenizer, k: int, block: int, sampled: bool, show_tools: bool, max_length: int
+    teachers: dict[str, Teacher],
+    student: Tokenizer,
+    k: int,
+    block: int,
+    sampled: bool,
+    show_tools: bool,
+    max_length: int,
+    everything: bool = False,
 ) -> tuple[dict[str, Scorer], Any]:
     """(domain -> scorer, ``members`` of all their maps for the loss, None where all tokenizers are the student's)."""
     folds: list[np.ndarray] = []
@@ -229,10 +243,10 @@ def make_scorers(
             folds.append(np.arange(size, dtype=np.int32) if made is None else made.unit_of_student)
         number[domain] = keys[key]
     scorers = {
-        domain: Scorer(teacher, student, k, block, sampled, foreign, number[domain], show_tools, max_length)
+        domain: Scorer(teacher, student, k, block, sampled, foreign, number[domain], show_tools, max_length, everything)
         for domain, teacher in teachers.items()
     }
-    if not foreign or sampled:
+    if not foreign or sampled or everything:
         return scorers, None
     # By the student's own bytes: what is text and what a control token differs from pair to pair.
     order = extensions.by_bytes(byte_table.of(student, size).bytes)

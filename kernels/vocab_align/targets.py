@@ -44,6 +44,17 @@ class Tables(NamedTuple):
     key: Key
 
 
+class Starts(NamedTuple):
+    """Where each position's student token begins, int32 [T] numpy arrays: what mode "full" needs, which searches for nothing. Keys are
+    offset * V_T + rank; ranges without their ends."""
+
+    row: np.ndarray  # teacher row
+    low: np.ndarray  # keys of the teacher's tokens that are possible there
+    high: np.ndarray
+    apart_low: np.ndarray  # and of those that go on with the bytes of ``alone``; none where that is not set or nothing is pending
+    apart_high: np.ndarray
+
+
 class Positions(NamedTuple):
     """One batch, as integers: numpy int32 arrays, padded to few different sizes (what is read TILE rows at a time to multiples of it)."""
 
@@ -75,6 +86,7 @@ class Positions(NamedTuple):
     masked: np.ndarray  # int32 [.] student rows of the tokens with no target, which belong in no denominator
     shares: dict[str, float]
     key: Key
+    starts: Starts | None = None
 
     def report(self) -> dict[str, float]:
         """positions (a count, masked ones included), and the shares of them that are straddled, chained and masked."""

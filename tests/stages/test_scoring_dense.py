@@ -14,7 +14,7 @@ from a1jax.data import chat
 from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import DOMAINS, solve
 from a1jax.models import transformer
-from a1jax.stages import cross_tokenizer, distill, experts, scoring, views
+from a1jax.stages import cross_tokenizer, distill, experts, full, scoring, views
 from a1jax.stages.distill import DistillConfig
 from a1jax.types import FINISHED, TRUNCATED, Rollout
 
@@ -181,3 +181,39 @@ def test_the_loss_of_a_step_is_the_papers_formula_on_units(tokenizer, small_mode
         means[run.domain].append(np.mean(terms))
     np.testing.assert_allclose(value, np.mean([np.mean(m) for m in means.values()]), rtol=2e-4)
     np.testing.assert_allclose(distill.finish(out)["distill/coverage"], np.mean(covered), rtol=1e-4)
+
+
+def test_mode_full_is_the_dense_divergence_over_all_units(tokenizer, small_model, runs, teachers, expected):
+    model = dataclasses.replace(small_model, load_balance_coef=0.0)
+    student = param_specs.init(transformer.specs(model), jax.random.key(7))
+    cfg = DistillConfig(mode="full", vocab_block=256, rows=ROWS)
+    scorers, members = scoring.make_scorers(teachers, tokenizer, K, 256, False, False, THEIRS, True)
+    assert members is None
+    batches, scores, where = [], [], []
+    for index, domain in enumerate(NAMES):
+        placed = distill.pack_domain([r for r in runs if r.domain == domain], index, ROWS, LENGTH)
+        batch, said, _ = scorers[domain].score(placed, jax.tree.map(jnp.asarray, placed.batch))
+        batches.append(batch)
+        scores.append(said)
+        where += placed.runs
+    data = {"batch": full.together(batches, 1), "full": scores}
+    frozen = full.frozen([teachers[d] for d in NAMES], cfg.vocab_block)
+    step = jax.jit(lambda p, x, frozen: distill.loss(p, distill.weigh(x, 2, "domain_mean"), 1.0, model, cfg, frozen=frozen))
+    value, _ = step(student, data, frozen)
+    means, lone = {d: [] for d in NAMES}, 0
+    for run in where:
+        teacher, (at, parts) = teachers[run.domain], expected[find(runs, run)]
+        alone, q, masked = (np.concatenate([getattr(m, name) for m, _ in parts]) for name in ("alone", "q", "masked"))
+        residual = np.concatenate([m.residual for m, _ in parts])
+        folded, rest = target.fold(np.exp(log_softmax(student, model, run.tokens))[at], teacher.vocab_map, alone)
+        terms = []
+        for i in np.flatnonzero(~masked):
+            there = q[i] > 0
+            ours = np.append(folded[i, there], folded[i, ~there].sum() + rest[i])
+            theirs = np.append(q[i, there], residual[i])
+            ours[-1], theirs[-1] = max(ours[-1], 2.0**-24), max(theirs[-1], 2.0**-24)
+            terms.append((ours * np.log(ours / theirs)).sum())
+        lone += int((alone[~masked] >= 0).sum())
+        means[run.domain].append(np.mean(terms))
+    assert lone > 5
+    np.testing.assert_allclose(value, np.mean([np.mean(m) for m in means.values()]), rtol=2e-4)
