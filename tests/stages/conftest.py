@@ -1,6 +1,7 @@
 """A setting small enough to run stages in seconds."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -60,14 +61,18 @@ def foreign_runs(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def foreign_teachers(tokenizer, small_model, tmp_path_factory):
-    """One of each domain: of another width and with a tokenizer that cuts the text elsewhere."""
-    made = {}
-    for n, (domain, (symbols, size)) in enumerate(VOCABULARIES.items()):
+def foreign_teacher(tokenizer, small_model, tmp_path_factory):
+    """foreign_teacher(domain): of another width and depth, with a tokenizer that cuts the text elsewhere."""
+
+    @functools.cache
+    def make(domain):
+        (symbols, size), n = VOCABULARIES[domain], NAMES.index(domain)
         path = tmp_path_factory.mktemp(domain) / "tokenizer.model"
         own = train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=size, symbols=symbols(NAMES))
-        model = dataclasses.replace(small_model, vocab_size=size, d_model=24, num_layers=1, full_attention_interval=1, num_experts=4, tie_embeddings=bool(n))
+        shape = {"d_model": 24, "num_layers": 1, "full_attention_interval": 1, "num_experts": 4}
+        model = dataclasses.replace(small_model, vocab_size=size, tie_embeddings=bool(n), **shape)
         params = param_specs.init(transformer.specs(model), jax.random.key(n))
         params["embed_tokens"] = params["embed_tokens"] * 3  # peaked: sums of tokens would otherwise all be alike
-        made[domain] = scoring.open_teacher(params, model, own, (small_model, tokenizer))
-    return made
+        return scoring.open_teacher(params, model, own, (small_model, tokenizer))
+
+    return make

@@ -25,8 +25,8 @@ def runs(foreign_runs):
 
 
 @pytest.fixture(scope="module")
-def teachers(foreign_teachers):
-    return foreign_teachers
+def teachers(foreign_teacher):
+    return {domain: foreign_teacher(domain) for domain in NAMES}
 
 
 @functools.partial(jax.jit, static_argnums=2)
