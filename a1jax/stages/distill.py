@@ -235,7 +235,7 @@ def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
 def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], setting: Setting, stage: str = "distill") -> Params:
     """Distil the teachers (domain -> Teacher) into the student ``params``. Resumable at every step.
 
-    Raises ConfigError for a domain without a teacher, and for teachers of other tokenizers under a mesh."""
+    Raises ConfigError for a domain without a teacher, and as ``scoring.check_mesh``."""
     missing = [d for d in setting.domains if d not in teachers]
     if missing:
         raise ConfigError(f"distill: no teacher for domain {missing[0]}; teachers are {', '.join(sorted(teachers))}")

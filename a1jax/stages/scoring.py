@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from ..kernels import vocab_align
 from ..losses import distill as distill_loss
 from ..models import transformer
 from ..models.config import ModelConfig
-from ..sharding import flatten_tokens, unflatten_tokens
+from ..sharding import constrain, flatten_tokens, is_sharded, put_batch, shards, unflatten_tokens
 from ..types import Batch, Metrics, Params, Rollout
 from . import folders, full, views
 
@@ -87,7 +88,7 @@ class Checkpoint:
 def open_checkpoint(source: Checkpoint, student: tuple[ModelConfig, Tokenizer], mesh: Mesh | None = None) -> Teacher:
     """The teacher of a checkpoint, of any architecture, read where it will lie.
 
-    Raises ConfigError where its folder or tokenizer is missing or does not fit, and for another tokenizer under a mesh."""
+    Raises ConfigError where its folder or tokenizer is missing or does not fit, and as ``check_mesh``."""
     folder = pathlib.Path(source.params)
     model, _ = folders.read_model(folder)
     path = source.tokenizer or _tokenizer_of(folder)
@@ -106,9 +107,13 @@ def open_checkpoint(source: Checkpoint, student: tuple[ModelConfig, Tokenizer], 
 
 
 def check_mesh(teacher: Teacher, mesh: Mesh | None, name: str) -> None:
-    """Raises ConfigError for a teacher of another tokenizer under a mesh."""
-    if teacher.vocab_map is not None and mesh is not None:
-        raise ConfigError(f"distill: the teacher {name} has another tokenizer, which needs one device so far: set mesh.shape={{}}")
+    """Raises ConfigError for a teacher of another tokenizer under a mesh of several processes: which rows are compared is found out on the
+    host from all runs, and a process has at hand what its own devices hold."""
+    if teacher.vocab_map is not None and mesh is not None and mesh.is_multi_process:
+        raise ConfigError(
+            f"distill: the teacher {name} has another tokenizer and the mesh spans several processes, each with a part of the runs "
+            "to align: use the devices of one process"
+        )
 
 
 def _tokenizer_of(folder: pathlib.Path) -> str:
@@ -198,8 +203,10 @@ class Scorer:
         if refused and len(refused) == len(read):
             raise DataError(f"a teacher cannot read any of the student's {len(read)} runs: {refused[0]}")
         theirs, row, start = _pack(read, self.max_length)
-        turns = list(_turns(placed, read, row, start, shape[1], self.max_length))
+        turns = list(_turns(placed, read, row, start, shape[1], theirs.tokens.shape[1], self.max_length))
         at = positions.positions(turns, teacher.vocab_map)
+        if is_sharded():
+            theirs = put_batch(theirs, jax.sharding.get_mesh())
         hidden = _jit(_hidden, model=teacher.model)(teacher.params, theirs)
         unembed = transformer.unembed(teacher.params, teacher.model)
         found = vocab_align.aligned_targets(hidden, unembed, self.tables, at, 1 if self.everything else self.k, shape[0] * shape[1])
@@ -208,15 +215,19 @@ class Scorer:
         report = at.report()
         shares = {f"align/{name}": value for name, value in report.items()}
         shares["align/refused"] = len(refused) / max(len(read), 1)
-        batch = dataclasses.replace(batch, mask=jnp.asarray(mask))
+        batch = dataclasses.replace(batch, mask=_beside(jnp.asarray(mask.reshape(-1)), shape))
         if self.everything:
             return batch, full.aligned(at, teacher.vocab_map, hidden, found, *shape), shares
         if self.sampled:
-            return batch, {"score": found.score.reshape(shape)}, shares
+            return batch, {"score": _beside(found.score, shape)}, shares
         shift = self.fold * len(teacher.vocab_map.unit_of_student)
-        support = jnp.where(found.units >= 0, found.units + shift, -1)
-        scores = {"support": support.reshape(*shape, -1), "teacher_logits": found.values.reshape(*shape, -1)}
-        return batch, {**scores, "teacher_logsumexp": jnp.zeros(shape), "alone": found.alone.reshape(shape)}, shares
+        scores = {
+            "support": jnp.where(found.units >= 0, found.units + shift, -1),
+            "teacher_logits": found.values,
+            "teacher_logsumexp": jnp.zeros(found.alone.shape),
+            "alone": found.alone,
+        }
+        return batch, {name: _beside(x, shape) for name, x in scores.items()}, shares
 
 
 def make_scorers(
@@ -254,13 +265,22 @@ def make_scorers(
 
 
 def _hidden(teacher: Params, batch: Batch, model: ModelConfig) -> jax.Array:
-    return flatten_tokens(transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)[0])
+    """[B * T, D], row after row also where the rows' length is cut, because positions are counted so; under a mesh on every device."""
+    hidden, _ = transformer.apply(teacher, batch.tokens, batch.positions, batch.segment_ids, model)
+    return constrain(hidden, None, None, None).reshape(-1, hidden.shape[-1])
+
+
+def _beside(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[B * T, ...], row after row, as [B, T, ...] where a batch lies."""
+    return constrain(x.reshape(*shape, *x.shape[1:]), "batch", "length", *[None] * (x.ndim - 1))
 
 
 def _pack(read: Sequence[views.View], max_length: int) -> tuple[Batch, list[int], list[int]]:
-    """The views packed into rows of max_length, longer ones cut, and where each stands. Rows in steps of 4: few programs are compiled."""
+    """The views, longer ones cut to max_length, packed into rows of that length, and where each stands. Rows in steps of 4: few programs
+    are compiled. Under a mesh as many more rows, and as much more length, as it takes to cut both evenly."""
+    steps, width = math.lcm(4, shards("batch", 0)), -(-max_length // shards("length", 0)) * shards("length", 0)
     cut = [packing.Example(v.tokens[:max_length], np.zeros(min(len(v.tokens), max_length), np.float32)) for v in read]
-    placed = packing.best_fit_decreasing([len(e) for e in cut], max_length)
+    placed = packing.best_fit_decreasing([len(e) for e in cut], width)
     row, start = [0] * len(cut), [0] * len(cut)
     for number, members in enumerate(placed):
         at = 0
@@ -268,14 +288,15 @@ def _pack(read: Sequence[views.View], max_length: int) -> tuple[Batch, list[int]
             row[i], start[i] = number, at
             at += len(cut[i])
     rows = [tuple(cut[i] for i in members) for members in placed]
-    return packing.to_batch([*rows, *[()] * (max(4, -(-len(rows) // 4) * 4) - len(rows))], max_length), row, start
+    return packing.to_batch([*rows, *[()] * (max(steps, -(-len(rows) // steps) * steps) - len(rows))], width), row, start
 
 
-def _turns(placed: Placed, read: Sequence[views.View], row: Sequence[int], start: Sequence[int], length: int, max_length: int):
-    """Every turn with the flat rows that predict its tokens; -1 where the teacher's context was cut."""
+def _turns(placed: Placed, read: Sequence[views.View], row: Sequence[int], start: Sequence[int], length: int, width: int, limit: int):
+    """Every turn with the flat rows that predict its tokens; -1 where the teacher's context was cut at ``limit``. length, width: of the
+    student's rows and of the teacher's."""
     for n, (run, view) in enumerate(zip(placed.runs, read, strict=True)):
         for (a, b), (c, d) in zip(view.ours, view.theirs, strict=True):
             ours = placed.row[n] * length + placed.start[n] + np.arange(a, b) - 1
             at = np.arange(c, d) - 1
-            theirs = np.where(at < max_length, row[n] * max_length + start[n] + at, -1)
+            theirs = np.where(at < limit, row[n] * width + start[n] + at, -1)
             yield positions.Turn(run.tokens[a:b], view.tokens[c:d], ours, theirs)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import blocks, fat_units, planes
+from . import blocks, fat_units, over_devices, planes
 from .layout import MOST
 from .ops import SLAB, from_slabs, into_slabs, scatter, slab_count
 
@@ -105,7 +105,8 @@ def gather_units(
     begin with its bytes are left out of that unit, and the last place names their class, units[n, K - 1] = t * V + alone[n]. Exact for
     any fan-in. A unit without rows is -inf.
     Gradient to hidden and unembed, summed in float32, from rows gathered again; zero for units of -inf.
-    Memory: slab elements of gathered rows (it changes nothing else), and N * B logits where there are fat units.
+    Memory: slab elements of gathered rows (it changes nothing else), and N * B logits where there are fat units. Under a mesh the tokens
+    are cut over all its devices, each with a copy of unembed, see ``over_devices``; the gradient to unembed is summed over them once.
     """
     if hidden.ndim != 2 or unembed.ndim != 2 or hidden.shape[1] != unembed.shape[1]:
         raise ValueError(f"hidden {hidden.shape} and unembed {unembed.shape} must be [N, D] and [V, D] of one width D")
@@ -126,7 +127,12 @@ def gather_units(
     else:
         members, alone = members._replace(rank=jnp.zeros(unembed.shape[:1], jnp.int32)), jnp.full((tokens, 3), -1, jnp.int32)
     units = jnp.where((units >= 0) & (units < members.fat.shape[0]), units, -1)
-    return _gather(hidden, unembed, units, members, alone, slab)
+
+    def gather(rows, copied):
+        (hidden, units, alone), (unembed, members) = rows, copied
+        return _gather(hidden, unembed, units, members, alone, slab)
+
+    return over_devices.by_rows(gather, (hidden, units, alone), (unembed, members))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -129,8 +129,9 @@ def _keep(state, mass, index, arranged, k, choose) -> _State:
 
 def _choose(values, kept, mass, units, k):
     """(k best of those kept and a block's, their units, the best of those dropped). What is kept stands before the block."""
-    # The barrier: two slices of one top-k make the CPU's compiler sort everything instead, 15 times slower.
-    best, place = lax.optimization_barrier(lax.top_k(jnp.concatenate([values, mass], axis=1), k + 1))
+    # The barrier: two slices of one top-k make the CPU's compiler sort everything instead, 15 times slower. ``kept`` goes through it too,
+    # for a barrier on the pair alone ends XLA's process, by a failed check in its TopkDecomposer, where it compiles for several devices.
+    best, place, kept = lax.optimization_barrier((*lax.top_k(jnp.concatenate([values, mass], axis=1), k + 1), kept))
     place = place[:, :k]
     old = jnp.take_along_axis(kept, jnp.minimum(place, k - 1), axis=1)
     return best[:, :k], jnp.where(place < k, old, units[jnp.maximum(place - k, 0)]), best[:, k]

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from . import over_devices
 from .aligned import Between, Implementation, aligned_topk
 from .layout import Arranged, Layout, arrange
 from .ops import SLAB, logsumexp
 
-TILE = 1024  # rows of the teacher that are searched at a time
+TILE = 1024  # rows of the teacher that a device searches at a time
 BLOCK = 2048  # ids of the vocabulary at a time, where only the log-sum-exp is wanted
 LEAST_REST = 2.0**-24  # left of a unit that a chain, or a class set apart, took all of: half a unit in the last place of 1. In float32
 # a rest below about 1e-6 of what was there is rounding: no less than this floor, and no more exact.
@@ -129,16 +130,22 @@ def aligned_targets(
     hidden [NT, D]: the teacher's, row n predicts its next token. unembed [V_T, D]: as many rows as the map has teacher ids; rows that hold
     -inf are padding. implementation: of ``aligned_topk``. A sequence of jitted calls: call it from the host.
 
+    Under a mesh (``jax.set_mesh``, of one process) all its devices, whatever their axes are for elsewhere, share out the searched rows and
+    the entries, see ``over_devices``: the results are those of one device, and every device has them all. For that every device gets a
+    copy of hidden, of unembed, and while it searches of unembed in the layout's order: NT D + 2 V_T D numbers, 2.2 GiB in bfloat16
+    at NT = 45,000, D = 2,048 and V_T = 248,320. What is computed with them is the large part, and is cut by the number of devices.
+
     Raises ValueError for shapes that do not belong together, tables of another map, k below 1, and rows out of range.
     """
     _check(hidden, unembed, tables, positions, k, rows)
-    hidden, unembed = lax.stop_gradient((hidden, unembed))
+    hidden, unembed = over_devices.whole(lax.stop_gradient((hidden, unembed)))
     at, search = positions, functools.partial(_searched, hidden, unembed, k=k, implementation=implementation)
     masses = _sums(hidden, unembed, at.entry_row, at.entry_id, at.entry_sum, at.counts["entries"], at.sum_unit.size)
-    sync = search(tables.layout, [(row, None) for (row,) in _tiles(at.sync)])
-    chain = [_totals(hidden, unembed, tables.valid, row) for (row,) in _tiles(at.chain)]
-    sliced = [_narrow(masses, at.sum_unit, *part, at.width, k) for part in _tiles(at.narrow_first, at.narrow_count)]
-    sliced += search(tables.wide, [(row, tuple(slice_)) for row, *slice_ in _tiles(at.wide_row, at.wide_low, at.wide_high)])
+    sync = _cut(search(tables.layout, [(row, None) for (row,) in _tiles(at.sync)]), at.sync.size)
+    chain = _cut([_totals(hidden, unembed, tables.valid, row) for (row,) in _tiles(at.chain)], at.chain.size)
+    narrow = [_narrow(masses, at.sum_unit, *part, at.width, k) for part in _tiles(at.narrow_first, at.narrow_count)]
+    wide = search(tables.wide, [(row, tuple(slice_)) for row, *slice_ in _tiles(at.wide_row, at.wide_low, at.wide_high)])
+    sliced = _cut(narrow, at.narrow_first.size) + _cut(wide, at.wide_row.size)
     pool = [masses, *(part.total for part in sync), *chain, *(part.total for part in sliced)]
     found = [*sync, *sliced] or [_Found.empty(1, k)]
     values, units = _joined([part.values for part in found], -jnp.inf), _joined([part.units for part in found], -1)
@@ -173,8 +180,18 @@ def _joined(parts: list[jax.Array], fill: float | int) -> jax.Array:
 
 
 def _tiles(*arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """TILE rows at a time, so that no program depends on how many there are; the arrays are that long, or a multiple."""
-    return [tuple(x[start : start + TILE] for x in arrays) for start in range(0, arrays[0].size, TILE)]
+    """TILE rows a device at a time, fewer where there are fewer, filled up with zeros, so that few programs are compiled: without a
+    mesh nothing is filled up, as the arrays are as long as ``Positions`` says."""
+    rows, step = arrays[0].size, TILE * over_devices.count()
+    size = min(1 << max(rows - 1, 0).bit_length(), step) if rows <= step else -(-rows // step) * step
+    arrays = tuple(np.pad(x, (0, size - rows)) for x in arrays)
+    return [tuple(x[start : start + step] for x in arrays) for start in range(0, rows, step)]
+
+
+def _cut(parts: list, size: int) -> list:
+    """The results of ``_tiles``, without those of rows that were filled in: ``size`` rows in all."""
+    extra = sum(jax.tree.leaves(part)[0].shape[0] for part in parts) - size
+    return [*parts[:-1], jax.tree.map(lambda x: x[:-extra], parts[-1])] if extra else parts
 
 
 def _searched(hidden, unembed, planned: Layout | None, parts: list, *, k: int, implementation: Implementation) -> list[_Found]:
@@ -188,14 +205,19 @@ def _searched(hidden, unembed, planned: Layout | None, parts: list, *, k: int, i
 @functools.partial(jax.jit, static_argnames=("k", "implementation"))
 def _search(hidden: jax.Array, arranged: Arranged, row: jax.Array, between: Between, k: int, implementation: Implementation) -> _Found:
     """The rows' best units, each within its slice."""
-    found = aligned_topk(hidden[row], arranged, k, between=between, implementation=implementation)
-    return _Found(found.values, found.units, found.logsumexp)
+
+    def search(rows, arranged):
+        hidden, between = rows
+        found = aligned_topk(hidden, arranged, k, between=between, implementation=implementation)
+        return _Found(found.values, found.units, found.logsumexp)
+
+    return over_devices.by_rows(search, (hidden[row], between), arranged, gather=True)
 
 
 @jax.jit
 def _totals(hidden: jax.Array, unembed: jax.Array, valid: jax.Array, row: jax.Array) -> jax.Array:
     """[C] log-sum-exp over the vocabulary."""
-    return logsumexp(hidden[row], unembed, BLOCK, valid)
+    return over_devices.by_rows(lambda hidden, by: logsumexp(hidden, by[0], BLOCK, by[1]), hidden[row], (unembed, valid), gather=True)
 
 
 @functools.partial(jax.jit, static_argnames=("sums",))
@@ -203,7 +225,17 @@ def _sums(
     hidden: jax.Array, unembed: jax.Array, row: jax.Array, token: jax.Array, which: jax.Array, count: jax.Array, sums: int
 ) -> jax.Array:
     """[G] log-sum-exp of the gathered logits of each sum; -inf where it has none. ``which`` rises; the first ``count`` entries are real."""
-    size = row.shape[0]
+    entries = (row, token, jnp.arange(row.shape[0], dtype=jnp.int32) < count)
+    logits = over_devices.by_rows(_entries, entries, (hidden, unembed), gather=True)
+    top = jax.ops.segment_max(logits, which, sums, indices_are_sorted=True)
+    shift = jnp.where(jnp.isfinite(top), top, 0)
+    return shift + jnp.log(jax.ops.segment_sum(jnp.exp(logits - shift[which]), which, sums, indices_are_sorted=True))
+
+
+def _entries(entries: tuple, arrays: tuple) -> jax.Array:
+    """[E] logits, a slab of rows at a time until the last real entry, which all real ones stand before; -inf for the others."""
+    (row, token, real), (hidden, unembed) = entries, arrays
+    size, count = row.shape[0], jnp.sum(real.astype(jnp.int32))
     tile = min(size, 1 << max(SLAB // hidden.shape[1], 1).bit_length() - 1)
 
     def step(state):
@@ -216,22 +248,24 @@ def _sums(
         return index + 1, lax.dynamic_update_slice_in_dim(logits, jnp.where(fine, new, -jnp.inf), index * tile, 0)
 
     state = (jnp.int32(0), jnp.full((size,), -jnp.inf, jnp.float32))
-    logits = lax.while_loop(lambda state: state[0] * tile < count, step, state)[1]
-    top = jax.ops.segment_max(logits, which, sums, indices_are_sorted=True)
-    shift = jnp.where(jnp.isfinite(top), top, 0)
-    return shift + jnp.log(jax.ops.segment_sum(jnp.exp(logits - shift[which]), which, sums, indices_are_sorted=True))
+    return lax.while_loop(lambda state: state[0] * tile < count, step, state)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("width", "k"))
 def _narrow(masses: jax.Array, sum_unit: jax.Array, first: jax.Array, count: jax.Array, width: int, k: int) -> _Found:
     """The best units of slices whose units' masses are masses[first : first + count]; lower units first."""
     lane = jnp.arange(max(width, k), dtype=jnp.int32)[None, :]
-    inside = lane < count[:, None]
-    places = jnp.where(inside, first[:, None] + lane, 0)
-    values, units = jnp.where(inside, masses[places], -jnp.inf), jnp.where(inside, sum_unit[places], -1)
-    best, place = lax.top_k(jnp.where(units >= 0, values, -jnp.inf), k)
-    units = jnp.where(jnp.isneginf(best), -1, jnp.take_along_axis(units, place, axis=1))
-    return _Found(best, units, jax.nn.logsumexp(values, axis=1))
+
+    def best_of(rows, copied):
+        (first, count), (masses, sum_unit) = rows, copied
+        inside = lane < count[:, None]
+        places = jnp.where(inside, first[:, None] + lane, 0)
+        values, units = jnp.where(inside, masses[places], -jnp.inf), jnp.where(inside, sum_unit[places], -1)
+        best, place = lax.top_k(jnp.where(units >= 0, values, -jnp.inf), k)
+        units = jnp.where(jnp.isneginf(best), -1, jnp.take_along_axis(units, place, axis=1))
+        return _Found(best, units, jax.nn.logsumexp(values, axis=1))
+
+    return over_devices.by_rows(best_of, (first, count), (masses, sum_unit), gather=True)
 
 
 @functools.partial(jax.jit, static_argnames=("rows",))

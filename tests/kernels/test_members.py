@@ -1,6 +1,7 @@
 """Logits of units against dense float64 sums over their rows: thin and fat ones, tokens that stand alone, gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -215,16 +216,19 @@ def test_a_fan_in_of_thousands_without_an_array_of_all_tokens_over_all_ids(large
     np.testing.assert_allclose(d_unembed[:5900], share.T @ np.asarray(hidden), rtol=1e-4, atol=1e-5)
 
 
-def test_sharded_tokens_change_nothing():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    hidden, unembed, units, alone, cotangents = batch(FOLDS, tokens=24)
+def test_under_a_mesh_every_device_has_its_tokens_and_the_matrix_travels_once():
+    """21 tokens over 4 devices, the matrix cut both ways: fat, thin and set-apart units, values and both gradients."""
+    mesh = jax.make_mesh((2, 2), ("rows", "ids"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    hidden, unembed, units, alone, cotangents = batch(FOLDS)
     hidden, unembed, cotangents = singles(hidden, unembed, jnp.asarray(cotangents, jnp.float32))
-    made = members(FOLDS, 4, 64, prefixes())
-    expected = ours(hidden, unembed, units, made, alone, cotangents, 1000)
-    parts = jax.device_put((hidden, units, alone, cotangents), split)
-    found = ours(parts[0], unembed, parts[1], made, parts[2], parts[3], 1000)
-    close(found, jax.tree.map(np.asarray, expected))
+    made = members(FOLDS, 16, 64, prefixes())
+    expected = reference(hidden, unembed, units, alone, cotangents, FOLDS, prefixes())
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(unembed, jax.P("ids", "rows"))
+        compiled = ours.lower(hidden, cut, units, made, alone, cotangents, 1000).compile()
+        close(compiled(hidden, cut, units, made, alone, cotangents), expected)
+    inside = [name for name, body in re.findall(r"^%(\S*) \([^\n]*\{\n(.*?)^\}", compiled.as_text(), re.M | re.S) if "all-" in body]
+    assert not inside, inside  # no device waits for another within a loop
 
 
 def test_members_by_hand():

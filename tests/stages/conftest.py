@@ -1,13 +1,24 @@
 """A setting small enough to run stages in seconds."""
 
+import dataclasses
+import functools
+
+import jax
+import numpy as np
 import pytest
 
 from a1jax import metrics
-from a1jax.domains import DOMAINS
-from a1jax.stages import experts
+from a1jax import params as param_specs
+from a1jax.data import chat
+from a1jax.data.tokenizer import train_sentencepiece
+from a1jax.domains import DOMAINS, solve
+from a1jax.models import transformer
+from a1jax.stages import cross_tokenizer, experts, scoring, views
 from a1jax.stages.setting import Setting
+from a1jax.types import FINISHED, TRUNCATED, Rollout
 
 NAMES = tuple(DOMAINS)
+VOCABULARIES = {"search": (cross_tokenizer.digits, 608), "tool_calling": (cross_tokenizer.pieces, 720)}
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +37,42 @@ def data(tokenizer):
     """Pairs of steps and example of both domains, lengths 1 and 2."""
     runs = experts.Runs({1: 12, 2: 12})
     return [pair for i, name in enumerate(NAMES) for pair in experts.examples(name, i, runs, "sft", 0, tokenizer, False)]
+
+
+@pytest.fixture(scope="session")
+def foreign_runs(tokenizer):
+    """Experts' runs as rollouts, three of each domain, of which one is written in another way than the tokenizer's own and cut inside its
+    last turn."""
+    found = []
+    for domain in NAMES:
+        for seed, steps in ((1, 1), (2, 2), (5, 3 if domain == "tool_calling" else 2)):
+            run = solve(DOMAINS[domain].propose(seed, steps))
+            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            tokens, mask, status = tokens[:end], mask[:end], FINISHED
+            if seed == 5:
+                (start, stop), status = views.turns(mask)[-1], TRUNCATED
+                text = tokenizer.decode(tokens[start : stop - 1].tolist())
+                odd = [i for c in text for i in tokenizer.encode(c)][:40]  # letter by letter
+                tokens, mask = np.append(tokens[:start], odd).astype(np.int32), np.append(mask[:start], np.ones(len(odd)))
+                run = dataclasses.replace(run, messages=run.messages[:-1], status=status)
+            found.append(Rollout(run.task_id, domain, tokens, mask.astype(np.float32), -mask, status, 1.0, 1, run))
+    return found
+
+
+@pytest.fixture(scope="session")
+def foreign_teacher(tokenizer, small_model, tmp_path_factory):
+    """foreign_teacher(domain): of another width and depth, with a tokenizer that cuts the text elsewhere."""
+
+    @functools.cache
+    def make(domain):
+        (symbols, size), n = VOCABULARIES[domain], NAMES.index(domain)
+        path = tmp_path_factory.mktemp(domain) / "tokenizer.model"
+        own = train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=size, symbols=symbols(NAMES))
+        shape = {"d_model": 24, "num_layers": 1, "full_attention_interval": 1, "num_experts": 4}
+        model = dataclasses.replace(small_model, vocab_size=size, tie_embeddings=bool(n), **shape)
+        params = param_specs.init(transformer.specs(model), jax.random.key(n))
+        params["embed_tokens"] = params["embed_tokens"] * 3  # peaked: sums of tokens would otherwise all be alike
+        return scoring.open_teacher(params, model, own, (small_model, tokenizer))
+
+    return make

@@ -10,13 +10,9 @@ import pytest
 
 from a1jax import params as param_specs
 from a1jax.align import spans, target
-from a1jax.data import chat
-from a1jax.data.tokenizer import train_sentencepiece
-from a1jax.domains import DOMAINS, solve
 from a1jax.models import transformer
-from a1jax.stages import cross_tokenizer, distill, experts, full, scoring, views
+from a1jax.stages import cross_tokenizer, distill, full, scoring, views
 from a1jax.stages.distill import DistillConfig
-from a1jax.types import FINISHED, TRUNCATED, Rollout
 
 NAMES = ("search", "tool_calling")
 VOCABULARIES = {"search": (cross_tokenizer.digits, 608), "tool_calling": (cross_tokenizer.pieces, 720)}
@@ -24,36 +20,13 @@ K, LENGTH, ROWS, THEIRS = 5, 192, 3, 140
 
 
 @pytest.fixture(scope="module")
-def runs(tokenizer):
-    """Experts' runs as rollouts, one of each domain written in another way than the tokenizer's own and cut inside its last turn."""
-    found = []
-    for domain in NAMES:
-        for seed, steps in ((1, 1), (2, 2), (5, 3 if domain == "tool_calling" else 2)):
-            run = solve(DOMAINS[domain].propose(seed, steps))
-            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            tokens, mask, status = tokens[:end], mask[:end], FINISHED
-            if seed == 5:
-                (start, stop), status = views.turns(mask)[-1], TRUNCATED
-                text = tokenizer.decode(tokens[start : stop - 1].tolist())
-                odd = [i for c in text for i in tokenizer.encode(c)][:40]  # letter by letter
-                tokens, mask = np.append(tokens[:start], odd).astype(np.int32), np.append(mask[:start], np.ones(len(odd)))
-                run = dataclasses.replace(run, messages=run.messages[:-1], status=status)
-            found.append(Rollout(run.task_id, domain, tokens, mask.astype(np.float32), -mask, status, 1.0, 1, run))
-    return found
+def runs(foreign_runs):
+    return foreign_runs
 
 
 @pytest.fixture(scope="module")
-def teachers(tokenizer, small_model, tmp_path_factory):
-    made = {}
-    for n, (domain, (symbols, size)) in enumerate(VOCABULARIES.items()):
-        path = tmp_path_factory.mktemp(domain) / "tokenizer.model"
-        own = train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=size, symbols=symbols(NAMES))
-        model = dataclasses.replace(small_model, vocab_size=size, d_model=24, tie_embeddings=bool(n))
-        params = param_specs.init(transformer.specs(model), jax.random.key(n))
-        params["embed_tokens"] = params["embed_tokens"] * 3  # peaked: sums of tokens would otherwise all be alike
-        made[domain] = scoring.open_teacher(params, model, own, (small_model, tokenizer))
-    return made
+def teachers(foreign_teacher):
+    return {domain: foreign_teacher(domain) for domain in NAMES}
 
 
 @functools.partial(jax.jit, static_argnums=2)
