@@ -3,8 +3,8 @@
 At every token the student wrote, S is the teacher's k best ids; with another tokenizer its k best *units*, each a sum over ids of the
 student (``members``), and the written token with what begins with it where that is no unit (``alone``). Both distributions are
 renormalised on S and compared there (arXiv 2606.30616, sections 2.3 and 4.3): the student's log-sum-exp cancels, so value and gradient
-need k rows of its output matrix instead of V. The loss is blind to mass outside S, hence the coverage (student mass on S), reported
-unless refused.
+need k rows of its output matrix instead of V. The loss is blind to mass outside S: a student may write, nearly always, what its teacher
+never would, and pay nothing. Hence the coverage (student mass on S), reported unless refused, and ``tail_below``.
 
     salient  renormalised on S: the paper. Never negative. Zero only if both agree on S.
     tail     one more class holds the rest on both sides: sees mass outside S, costs the student's log-sum-exp and its gradient.
@@ -64,6 +64,7 @@ def sva(
     mode: Mode = "salient",
     divergence: divergences.Divergence = "reverse",
     coverage: bool | jax.Array = True,
+    tail_below: float = 0.0,
     block: int = 4096,
     slab: int = SLAB,
     valid: Valid = None,
@@ -74,8 +75,9 @@ def sva(
 
     student_hidden [N, D]; student_unembed [V, D]; teacher_logits float32 [N, k] at support int32 [N, k] (distinct ids of a
     token; a logit of -inf marks a place no id takes); weights float32 [N] from ``masked.token_weights``.
-    teacher_logsumexp [N]: mode "tail" only. coverage: False saves the student's log-sum-exp in mode "salient", the only
+    teacher_logsumexp [N]: mode "tail" and tail_below only. coverage: False saves the student's log-sum-exp in mode "salient", the only
     thing there that reads its whole output matrix; a traced bool scalar decides that at run time. block, valid: of that log-sum-exp.
+    tail_below: in mode "salient", tokens with less coverage than this are compared as in mode "tail", at its cost; 0: none.
     slab: of ``gather_logits``, memory only.
 
     members: with another tokenizer, from ``members.members``; support then holds units (-1: none), teacher_logits sums over their
@@ -87,15 +89,16 @@ def sva(
 
     Metrics over tokens with a weight (plain means): distill/kl, distill/teacher_entropy (of q: in nats, on the classes
     compared), distill/coverage (student's un-renormalised mass on S), distill/tokens (their number). Where coverage is traced,
-    distill/coverage_tokens is the number of tokens it was measured on, 0 where it was not, and distill/coverage is then 0.
-    Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, alone without members, and shapes
-    that do not match.
+    distill/coverage_tokens is the number of tokens it was measured on, 0 where it was not, and distill/coverage is then 0. With
+    tail_below also distill/tail, the share of tokens that are compared with the rest.
+    Raises ValueError for an unknown mode or divergence, mode "tail" without teacher_logsumexp, alone without members, a tail_below that
+    is no share, and shapes that do not match.
     """
     if members is not None and teacher_logsumexp is None:
         teacher_logsumexp = jnp.zeros(student_hidden.shape[:1], jnp.float32)
     if alone is not None and (members is None or alone.shape != weights.shape):
         raise ValueError(f"alone {alone.shape} needs members, and must be {weights.shape} as weights")
-    _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp)
+    _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp, tail_below)
     term = divergences.term(divergence)
     teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
     present = jnp.logical_not(jnp.isneginf(teacher_logits))
@@ -109,29 +112,38 @@ def sva(
         student = jnp.where(present & jnp.logical_not(jnp.isneginf(student)), student, ABSENT)  # a NaN stays one
     on_support = jax.nn.logsumexp(student, axis=1)
     static = isinstance(coverage, bool | np.bool_)
-    if mode == "tail" or (static and coverage):
-        arrays = (student_hidden, student_unembed) if mode == "tail" else lax.stop_gradient((student_hidden, student_unembed))
+    tails = mode == "tail" or tail_below > 0
+    if tails or (static and coverage):
+        arrays = (student_hidden, student_unembed) if tails else lax.stop_gradient((student_hidden, student_unembed))
         everything = vocab_align.logsumexp(*arrays, block, valid)
     elif not static:
         arrays = lax.stop_gradient((student_hidden, student_unembed))
         nothing = jnp.zeros(weights.shape, jnp.float32)
         everything = lax.cond(coverage, lambda *a: vocab_align.logsumexp(*a, block, valid), lambda *a: nothing, *arrays)
 
+    def compare(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(term(ours, theirs), axis=1), -jnp.sum(jnp.exp(theirs) * theirs, axis=1)
+
+    if mode == "salient":
+        value, entropy = compare(student - on_support[:, None], jax.nn.log_softmax(teacher, axis=1))
+    if tails:
+        rest = _with_rest(teacher, jax.nn.logsumexp(teacher, axis=1), lax.stop_gradient(teacher_logsumexp))
+        wide = compare(_with_rest(student, on_support, everything), rest)
+    extra = {}
     if mode == "tail":
-        ours = _with_rest(student, on_support, everything)
-        theirs = _with_rest(teacher, jax.nn.logsumexp(teacher, axis=1), lax.stop_gradient(teacher_logsumexp))
-    else:
-        ours = student - on_support[:, None]
-        theirs = jax.nn.log_softmax(teacher, axis=1)
-    value = jnp.sum(term(ours, theirs), axis=1)
-    entropy = -jnp.sum(jnp.exp(theirs) * theirs, axis=1)
+        value, entropy = wide
+    elif tails:
+        low = (lax.stop_gradient(on_support - everything) < jnp.log(tail_below)) & jnp.any(present, axis=1)
+        value, entropy = jnp.where(low, wide[0], value), jnp.where(low, wide[1], entropy)
+        extra["tail"] = low.astype(jnp.float32)
     if members is not None:
         some = jnp.any(present, axis=1)
         value, entropy = jnp.where(some, value, 0), jnp.where(some, entropy, 0)
     if static:
-        return reduce(value, weights, teacher_entropy=entropy, **({"coverage": jnp.exp(on_support - everything)} if coverage else {}))
-    covered = jnp.where(coverage, jnp.exp(on_support - everything), 0)
-    total, metrics = reduce(value, weights, teacher_entropy=entropy, coverage=covered)
+        extra |= {"coverage": jnp.exp(on_support - everything)} if coverage else {}
+        return reduce(value, weights, teacher_entropy=entropy, **extra)
+    extra["coverage"] = jnp.where(coverage, jnp.exp(on_support - everything), 0)
+    total, metrics = reduce(value, weights, teacher_entropy=entropy, **extra)
     return total, {**metrics, "distill/coverage_tokens": jnp.where(coverage, metrics["distill/tokens"], 0)}
 
 
@@ -146,6 +158,7 @@ def distill(
     mode: Mode = "salient",
     divergence: divergences.Divergence = "reverse",
     coverage: bool = True,
+    tail_below: float = 0.0,
     block: int = 4096,
     slab: int = SLAB,
     valid: Valid = None,
@@ -162,17 +175,19 @@ def distill(
     targets = teacher_targets(teacher_hidden, teacher_unembed, k, block, valid)
     return sva(
         student_hidden, student_unembed, targets.logits, targets.support, weights, teacher_logsumexp=targets.logsumexp,
-        mode=mode, divergence=divergence, coverage=coverage, block=block, slab=slab, valid=valid,
+        mode=mode, divergence=divergence, coverage=coverage, tail_below=tail_below, block=block, slab=slab, valid=valid,
     )  # fmt: skip
 
 
-def _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp) -> None:
+def _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp, tail_below) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}, choose one of {', '.join(get_args(Mode))}")
     if mode == "full":
         raise ValueError("mode 'full' compares all of the vocabulary: call distill with the teacher's hidden states")
-    if mode == "tail" and teacher_logsumexp is None:
-        raise ValueError("mode 'tail' needs teacher_logsumexp, the third part of teacher_targets")
+    if not 0 <= tail_below <= 1 or (tail_below and mode != "salient"):
+        raise ValueError(f"tail_below is {tail_below} in mode {mode!r}: it is a share, from 0 to 1, and belongs to mode 'salient'")
+    if (mode == "tail" or tail_below) and teacher_logsumexp is None:
+        raise ValueError("mode 'tail' and tail_below need teacher_logsumexp, the third part of teacher_targets")
     tokens = student_hidden.shape[0]
     if teacher_logits.shape != support.shape or support.shape[0] != tokens or weights.shape != (tokens,):
         raise ValueError(

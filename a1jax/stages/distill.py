@@ -51,6 +51,7 @@ class DistillConfig:
     mode: Literal["salient", "tail", "sampled", "full"] = (
         "salient"  # renormalised on S (the paper); with one more class for the rest; written token only; all units, k is not read
     )
+    tail_below: float = 0.0  # mode salient: tokens whose student has less mass on S than this are compared as in mode tail; 0: none
     divergence: Divergence = "reverse"  # the paper's; forward and jensen_shannon in every mode
     reduction: Literal["domain_mean", "sample_mean", "token_mean"] = "domain_mean"  # domain_mean is the paper's
     coverage_every: int = 1  # steps between measurements of the student's mass on S: one log-sum-exp over the vocabulary; 0: never
@@ -79,6 +80,11 @@ class DistillConfig:
             raise ConfigError(
                 f"DistillConfig.mode 'sampled' is an estimate from tokens drawn at temperature 1, and limits.temperature is "
                 f"{self.limits.temperature}; set it to 1.0"
+            )
+        if not 0 <= self.tail_below <= 1 or (self.tail_below and self.mode != "salient"):
+            raise ConfigError(
+                f"DistillConfig.tail_below is {self.tail_below} in mode '{self.mode}'; it is a share of probability from 0 to 1, for mode "
+                "'salient' only"
             )
         if self.mode == "full" and self.rows % self.microbatches:
             raise ConfigError(
@@ -124,6 +130,7 @@ def loss(
             flat(data["support"]),
             weights,
             mode=cfg.mode,
+            tail_below=cfg.tail_below,
             divergence=cfg.divergence,
             teacher_logsumexp=flat(data["teacher_logsumexp"]),
             coverage=data["measured"][0] if cfg.coverage_every > 1 else cfg.coverage_every == 1,
