@@ -237,7 +237,7 @@ def test_it_is_mode_tail_with_all_units(known):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("names", [("qwen3", "mistral"), ("mistral", "qwen3")])
+@pytest.mark.parametrize("names", [("qwen3", "mistral"), pytest.param(("mistral", "qwen3"), marks=pytest.mark.slow)], ids=str)
 def test_real_tokenizers_equal_the_dense_form(tokenizers, names):
     """Hard text, and a turn cut within a character; scores from the search."""
     student, teacher = (tokenizers[name] for name in names)
