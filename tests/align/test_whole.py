@@ -141,7 +141,7 @@ def made_case(made, write, texts=10, seed=0):
 
 @pytest.mark.parametrize(
     ("seed", "mode", "names", "block"),
-    [(108, "two_sided", NAMES, 1000), (196, "two_sided", NAMES[:1], 3), (62, "shared", NAMES[2:], 16)],
+    [(108, "two_sided", NAMES, 1000), (196, "two_sided", NAMES[:1], 3), (97, "shared", NAMES[2:], 16)],
 )
 def test_value_and_gradient_equal_the_dense_form(pair, write, seed, mode, names, block):
     case = made_case(pair(seed, mode), write)
@@ -149,7 +149,7 @@ def test_value_and_gradient_equal_the_dense_form(pair, write, seed, mode, names,
     straddled = at.starts.low[at.row < ROWS * LENGTH] >= len(case.map.order)
     assert straddled.any() and (at.chained > 0).any()
     apart = (at.alone >= 0) & (at.starts.apart_high > 0)
-    assert apart.sum() > 1 if mode == "two_sided" else ((at.chained > 0) & (at.source < 0)).any()
+    assert apart.sum() > 1 if mode == "two_sided" else ((at.chained > 0) & (at.source < 0) & (at.unit >= 0)).any()
     fat = [walk.fat_units.size for walk in whole.walks(case.map, block)]
     assert min(fat) > 0 if block == 3 else not max(fat)
 
