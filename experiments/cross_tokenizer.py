@@ -48,7 +48,7 @@ def family(symbols, vocab_size: int, max_length: int) -> Family:
     muon = bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01)
     stage = SftConfig(steps=480, rows=8, max_length=max_length, loss_tile=256, optimizer=muon, phases=(Phase(0.3, 2), Phase(0.7, 8)))
     limits = Limits(slots=64, max_turns=16, max_turn_tokens=32, max_length=max_length, temperature=0.0)
-    return Family(symbols, vocab_size, stage, dataclasses.replace(stage, steps=200, phases=()), limits)
+    return Family(symbols, vocab_size, stage, dataclasses.replace(stage, steps=400, phases=()), limits)
 
 
 def get_config(arg: str = "") -> CrossTokenizer:
@@ -60,8 +60,8 @@ def get_config(arg: str = "") -> CrossTokenizer:
         "digits": family(bind(cross_tokenizer.digits), 608, 304),
     }
     arms = {"same_tokenizer": Arm("same")}
-    for name in ("pieces", "digits"):
-        for alignment in ("two_sided", "one_sided", "shared"):
+    for alignment in ("two_sided", "one_sided", "shared"):
+        for name in ("pieces", "digits"):
             arms[f"{name}_{alignment}"] = Arm(name, alignment, {"teacher_max_length": families[name].limits.max_length})
     cfg = CrossTokenizer(
         name="cross_tokenizer",
@@ -73,16 +73,17 @@ def get_config(arg: str = "") -> CrossTokenizer:
         families=families,
         arms=arms,
         distill=DistillConfig(
-            steps=120,
+            steps=180,
             prompts=24,
             lengths=(1, 2, 3, 4, 5, 6),
             rows=14,
             max_length=256,
             k=16,
+            mode="tail",
             optimizer=bind(optim.adamw, learning_rate=1e-3, final=0.1, weight_decay=0.0),
             limits=Limits(slots=48, max_turns=16, max_turn_tokens=24, max_length=256, temperature=1.0),
         ),
-        evaluation=Evaluation(counts={2: 50, 4: 100, 6: 150}, seed=1),
+        evaluation=Evaluation(counts={2: 50, 4: 100, 6: 150}, seed=2),
     )
     return smoke(cfg) if arg == "smoke" else cfg
 

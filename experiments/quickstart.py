@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> Experiment:
             rows=14,
             max_length=256,
             k=16,
+            mode="tail",  # the paper's "salient" is blind outside the k best, see the README
             optimizer=bind(optim.muon, learning_rate=0.004, table_learning_rate=0.004, final=0.1),
             limits=dataclasses.replace(limits, slots=48, temperature=1.0),
         ),

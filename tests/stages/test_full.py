@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from a1jax import metrics
+from a1jax import metrics, sharding
+from a1jax import params as param_specs
 from a1jax.config import ConfigError, bind
 from a1jax.data import chat
 from a1jax.domains import DOMAINS, solve
@@ -64,6 +65,24 @@ def test_a_step_is_mode_salient_with_the_whole_vocabulary(setting, models, runs)
     for a, b, far in zip(*map(jax.tree.leaves, (after["full"], after["salient"], moved)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * far + 1e-7)
     assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_step_under_a_mesh_is_that_of_one_device(setting, models, runs):
+    student, teachers = models
+    model = dataclasses.replace(setting.model, load_balance_coef=0.0)
+    cfg = dataclasses.replace(CFG, mode="full", rows=4)
+    plain = distill.run(cfg, student, teachers, dataclasses.replace(setting, model=model), "plain")
+    here = dataclasses.replace(setting, model=model, mesh=sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4]))
+    placed = param_specs.shardings(here.specs, here.mesh)
+    with here.on_mesh():
+        mine = {d: dataclasses.replace(t, params=jax.device_put(t.params, placed)) for d, t in teachers.items()}
+        meshed = distill.run(cfg, jax.device_put(student, placed), mine, here, "meshed")
+    lines = {line["stage"]: line for line in metrics.read(setting.workdir)}
+    for name in ("loss", "grad_norm", "distill/kl", "distill/tokens"):
+        assert lines["meshed"][name] == pytest.approx(lines["plain"][name], rel=1e-5), name
+    for a, b, c in zip(*map(jax.tree.leaves, (meshed, plain, student)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b - c).max()) + 1e-7)
 
 
 def test_the_matrices_of_teachers_are_arguments_and_no_logits_are_made(setting, models, runs, largest):
