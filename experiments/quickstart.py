@@ -16,6 +16,7 @@ import dataclasses
 from a1jax import optim
 from a1jax.analysis import report
 from a1jax.config import ConfigError, bind
+from a1jax.domains import QUICKSTART
 from a1jax.models import config as models
 from a1jax.rollout.agent import Limits
 from a1jax.stages.distill import DistillConfig
@@ -43,6 +44,7 @@ def get_config(arg: str = "") -> Experiment:
         model=models.tiny(vocab_size=640),
         tokenizer=TokenizerConfig(vocab_size=640),
         domains=DOMAINS,
+        families=QUICKSTART,
         runs={d: Runs({1: 250, 2: 250, 3: 250, 4: 250, 5: 12, 6: 12}) for d in DOMAINS},
         sft=sft,
         teachers={d: TeacherConfig(runs=Runs({3: 150, 4: 150, 5: 300, 6: 300}), sft=extra) for d in DOMAINS},

@@ -36,13 +36,12 @@ def shared_data() -> pathlib.Path:
 def domain_tokenizer(tmp_path_factory):
     """The small SentencePiece model that the embedded domains train for themselves."""
     from a1jax.data.tokenizer import train_sentencepiece
-    from a1jax.domains import DOMAINS
+    from a1jax.domains import QUICKSTART
     from a1jax.stages import experts
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_sentencepiece(
-        experts.tokenizer_texts(tuple(DOMAINS), 0), path, vocab_size=640, symbols=experts.symbols(tuple(DOMAINS), 24)
-    )
+    families = tuple(QUICKSTART.values())
+    return train_sentencepiece(experts.tokenizer_texts(families, 0), path, vocab_size=640, symbols=experts.symbols(families, 24))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,23 @@
 """The embedded domains by name. A new domain is one module and one line here."""
 
 from .base import Call, Domain, Observation, Outcome, Task, judge, solve
+from .engineering import Engineering
+from .instruction_following import InstructionFollowing
+from .long_context import LongContext
+from .science import Science
 from .search import Search
-from .tool_calling import ToolCalling
+from .store import Store
 
-DOMAINS: dict[str, Domain] = {"search": Search(), "tool_calling": ToolCalling()}
+DOMAINS: dict[str, Domain] = {
+    "search": Search(),
+    "engineering": Engineering(),
+    "science": Science(),
+    "instruction_following": InstructionFollowing(),
+    "tool_calling": Store(),
+}
+"""The family of tasks that a domain's name stands for where an experiment names no other."""
 
-__all__ = ["DOMAINS", "Call", "Domain", "Observation", "Outcome", "Search", "Task", "ToolCalling", "judge", "solve"]
+QUICKSTART: dict[str, Domain] = {"search": Search(), "tool_calling": Store()}
+"""The two smallest families: what quickstart, cross_tokenizer and most tests learn."""
+
+__all__ = ["DOMAINS", "QUICKSTART", "Call", "Domain", "LongContext", "Observation", "Outcome", "Search", "Store", "Task", "judge", "solve"]

@@ -17,6 +17,7 @@ from ..types import FAILED, FINISHED, Record, Trajectory
 
 Split = Literal["train", "heldout"]
 State = Any
+SAY = "say"
 HELDOUT_SHARE = 5  # one ordered pair of entities in five belongs to the held-out split
 
 
@@ -48,7 +49,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of an expert: a thought, then either a call or the final answer."""
+    """One turn of an expert: a thought, then either a call or text, which is the answer unless the task's user replies to it."""
 
     thought: str
     call: Call | None = None
@@ -82,11 +83,19 @@ class Task:
     def step(self, state: State, call: Call) -> tuple[State, Observation]:
         raise TypeError(f"{type(self).__name__} must define step")
 
+    def reply(self, state: State, text: str) -> tuple[State, Observation | None]:
+        """What a simulated user says to a turn without a call, or None where that turn was the answer: the run is over."""
+        return state, None
+
     def expert(self) -> Generator[Turn, Observation, None]:
         raise TypeError(f"{type(self).__name__} must define expert")
 
     def verify(self, trajectory: Trajectory) -> Outcome:
         raise TypeError(f"{type(self).__name__} must define verify")
+
+    def rubrics(self, trajectory: Trajectory) -> tuple[bool, ...]:
+        """Verdicts on parts of a run, for process rewards; by default the verifier's alone."""
+        return (self.verify(trajectory).accepted,)
 
     def check_call(self, call: Call) -> str | None:
         """One line saying what is wrong with a call by the tools' schemas, or None."""
@@ -144,6 +153,15 @@ def tool_message(turn_number: int, name: str, observation: Observation) -> dict[
     return {"role": "tool", "tool_call_id": f"call_{turn_number}", "name": name, "content": observation.text}
 
 
+def user_message(observation: Observation) -> dict[str, Any]:
+    return {"role": "user", "content": observation.text}
+
+
+def said(text: str, observation: Observation) -> Record:
+    """The linked record of a turn that a simulated user replied to; its action is named SAY, which no tool may be."""
+    return Record(observation.refs, {"name": SAY, "arguments": {"text": text}}, observation.text, None)
+
+
 def record(call: Call, observation: Observation) -> Record:
     """The linked record of one call: state refs are what the arguments and the answer point to in the corpus."""
     outcome = "schema: refused" if observation.error else None
@@ -162,22 +180,31 @@ def solve(task: Task) -> Trajectory:
     """Let the task's expert act in the real environment; the verifier then judges the run like any other."""
     state, expert, messages, records = task.reset(), task.expert(), list(task.messages()), []
     turn, number = next(expert), 0
-    while turn.call is not None:
-        messages.append(call_message(number, turn.thought, turn.call))
-        state, observation = task.step(state, turn.call)
-        messages.append(tool_message(number, turn.call.name, observation))
-        records.append(record(turn.call, observation))
+    while True:
+        if turn.call is None:
+            messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
+            state, observation = task.reply(state, turn.answer)
+            if observation is None:
+                break
+            messages.append(user_message(observation))
+            records.append(said(turn.answer, observation))
+        else:
+            messages.append(call_message(number, turn.thought, turn.call))
+            state, observation = task.step(state, turn.call)
+            messages.append(tool_message(number, turn.call.name, observation))
+            records.append(record(turn.call, observation))
         turn, number = expert.send(observation), number + 1
-    messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
     return judge(task, Trajectory(task.domain, task.task_id, tuple(messages), task.tools, tuple(records)))
 
 
 def judge(task: Task, trajectory: Trajectory) -> Trajectory:
-    """The run with the verifier's verdict written into its last record, reward and status. Failed runs are kept too."""
+    """The run with the verifier's verdict written into its last record, reward and status, and metadata: "steps", "rubrics", a list of
+    bools. Failed runs are kept too."""
     outcome = task.verify(trajectory)
     records = (*trajectory.records, Record(tuple(task.evidence), None, None, outcome.reason))
     status = FINISHED if outcome.accepted else FAILED
-    return dataclasses.replace(trajectory, records=records, reward=outcome.reward, status=status)
+    metadata = {**trajectory.metadata, "steps": task.steps, "rubrics": list(task.rubrics(trajectory))}
+    return dataclasses.replace(trajectory, records=records, reward=outcome.reward, status=status, metadata=metadata)
 
 
 def consulted(trajectory: Trajectory) -> set[str]:

@@ -154,14 +154,14 @@ class InstructionTask(Task):
     def expert(self) -> Generator[Turn, Observation, None]:
         yield Turn("keep " + " ".join(kind(r) for r in self.rules), answer=self.answer)
 
-    def kept(self, trajectory: Trajectory) -> tuple[bool, ...]:
+    def rubrics(self, trajectory: Trajectory) -> tuple[bool, ...]:
         """One verdict per rule on the final answer, for rewards by fraction; all false where there is none."""
         return verdicts(self.rules, final_answer(trajectory) or "")
 
     def verify(self, trajectory: Trajectory) -> Outcome:
         if final_answer(trajectory) is None:
             return Outcome(False, 0.0, "answer: none given")
-        broken = [r.name for r, held in zip(self.rules, self.kept(trajectory), strict=True) if not held]
+        broken = [r.name for r, held in zip(self.rules, self.rubrics(trajectory), strict=True) if not held]
         if broken:
             return Outcome(False, 0.0, f"rules: {broken[0]} is broken; {len(self.rules) - len(broken)} of {len(self.rules)} kept")
         return Outcome(True, 1.0, f"rules: all {len(self.rules)} kept")

@@ -73,7 +73,7 @@ class ScienceTask(Task):
             thought = stated(step.result, value)
         yield Turn(f"{thought} end", answer=f"{show(value)} {UNIT[self.path[-1].result]}")
 
-    def steps_met(self, trajectory: Trajectory) -> tuple[bool, ...]:
+    def rubrics(self, trajectory: Trajectory) -> tuple[bool, ...]:
         """For every step whether the run states its result, ``force=48 N`` or the same in another unit, in the order of the steps."""
         found = iter(list(_statements(trajectory)))
         met = []

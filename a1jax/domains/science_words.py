@@ -106,7 +106,7 @@ class WordTask(Task):
             yield Turn(thought, Call("calculator", {"expression": expression}))
         yield Turn("That is all.", answer=self.answer)
 
-    def steps_met(self, trajectory: Trajectory) -> tuple[bool, ...]:
+    def rubrics(self, trajectory: Trajectory) -> tuple[bool, ...]:
         """For every marked value whether the run has it, said or calculated, after those before it."""
         found: list[Fraction] = []
         for message in trajectory.messages:

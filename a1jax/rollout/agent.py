@@ -17,7 +17,7 @@ import numpy as np
 from ..config import ConfigError
 from ..data import chat
 from ..data.tokenizer import Tokenizer
-from ..domains.base import Call, Observation, Task, judge, record, tool_message
+from ..domains.base import Call, Observation, Task, judge, record, said, tool_message, user_message
 from ..models import decode
 from ..models.config import ModelConfig
 from ..types import ABORTED, TRUNCATED, Params, Record, Rollout, Trajectory
@@ -199,7 +199,12 @@ class _Session:
             return False
         if not message.get("tool_calls"):
             run.messages.append(message)
-            return True
+            run.state, observation = run.task.reply(run.state, message["content"])
+            if observation is None:
+                return True
+            run.messages.append(user_message(observation))
+            run.records.append(said(message["content"], observation))
+            return False
         calls = [Call(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]]
         ids = [f"call_{number}" if i == 0 else f"call_{number}_{i}" for i in range(len(calls))]
         named = [{**c, "id": name} for c, name in zip(message["tool_calls"], ids, strict=True)]

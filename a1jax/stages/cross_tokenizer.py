@@ -11,13 +11,14 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from .. import metrics
 from ..align.vocab_map import Mode
 from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
-from ..domains import DOMAINS
+from ..domains import QUICKSTART, Domain
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
@@ -30,7 +31,7 @@ from .setting import Setting
 class Family:
     """Models of one tokenizer, trained in their own tokens."""
 
-    symbols: Binding  # a function of (domains): strings that get one id each in its SentencePiece vocabulary
+    symbols: Binding  # a function of (families of tasks): strings that get one id each in its SentencePiece vocabulary
     vocab_size: int  # of that vocabulary, and of the models
     sft: sft.SftConfig  # stage 1
     teacher: sft.SftConfig  # stage 2, per domain
@@ -75,24 +76,24 @@ class CrossTokenizer:
             if unknown:
                 raise ConfigError(f"arms.{name}.settings has '{min(unknown)}', which is no field of DistillConfig")
         for name in self.domains:
-            if name not in DOMAINS:
-                raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(DOMAINS))}")
+            if name not in QUICKSTART:
+                raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(QUICKSTART))}")
             for field in ("runs", "extra"):
                 if name not in getattr(self, field):
                     raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
 
 
-def digits(domains: tuple[str, ...]) -> list[str]:
+def digits(families: Sequence[Domain]) -> list[str]:
     """The symbols of the small vocabulary without those that have a digit: numbers are then written digit by digit."""
-    return [symbol for symbol in experts.symbols(domains, 0) if not any(c.isdigit() for c in symbol)]
+    return [symbol for symbol in experts.symbols(families, 0) if not any(c.isdigit() for c in symbol)]
 
 
-def pieces(domains: tuple[str, ...]) -> list[str]:
+def pieces(families: Sequence[Domain]) -> list[str]:
     """Another cut of the same text: names apart from their signs, call headers in parts, but counters joined with the word before."""
     out = [s for s in experts.SCAFFOLD if s not in ("step", " next", "<tool_call>\n", "\n</think>\n\n")]
     out += ["\n</think>\n\n", '\n</think>\n\n<tool_call>\n{"name": "', '", "arguments": {"', '": "', "@", "$", "#", " next end"]
     out += [f"{word} {i}" for word in ("step", " next") for i in range(1, 25)] + [str(i) for i in range(100)]
-    for symbol in experts.symbols(domains, 0):
+    for symbol in experts.symbols(families, 0):
         if symbol[0] in "@$#":
             out.append(symbol[1:])
         elif symbol.startswith("<tool_call>\n{"):
@@ -142,16 +143,21 @@ def open_family(cfg: CrossTokenizer, family: Family, workdir: pathlib.Path, writ
     if path.exists():
         tokenizer = tokenizers.load(path)
     else:
-        texts = experts.tokenizer_texts(cfg.domains, 0)
-        tokenizer = tokenizers.train_sentencepiece(texts, path, vocab_size=family.vocab_size, symbols=family.symbols(cfg.domains))
+        sources = tuple(drawn_from(cfg).values())
+        texts, symbols = experts.tokenizer_texts(sources, 0), family.symbols(sources)
+        tokenizer = tokenizers.train_sentencepiece(texts, path, vocab_size=family.vocab_size, symbols=symbols)
     model = dataclasses.replace(cfg.model, vocab_size=family.vocab_size)
-    return Setting(model, tokenizer, cfg.domains, None, workdir, writer, seed)
+    return Setting(model, tokenizer, cfg.domains, None, workdir, writer, seed, families=drawn_from(cfg))
+
+
+def drawn_from(cfg: CrossTokenizer) -> dict[str, Domain]:
+    return {d: QUICKSTART[d] for d in cfg.domains}
 
 
 def train_family(cfg: CrossTokenizer, family: Family, setting: Setting, name: str) -> dict[str, Params]:
     """ "sft" and a teacher per domain, by name."""
     data, extra = (
-        {d: experts.examples(d, i, runs[d], use, setting.seed, setting.tokenizer, False) for i, d in enumerate(cfg.domains)}
+        {d: experts.examples(QUICKSTART[d], i, runs[d], use, setting.seed, setting.tokenizer, False) for i, d in enumerate(cfg.domains)}
         for runs, use in ((cfg.runs, "sft"), (cfg.extra, "teacher"))
     )
     mixed = [pair for d in cfg.domains for pair in data[d]]
@@ -178,7 +184,7 @@ def judge(cfg: CrossTokenizer, setting: Setting, limits: Limits, models: dict[st
     out = {}
     for name, params in models.items():
         path = workdir / f"evaluations/{name.replace('/', '_')}.json"
-        out[name] = evaluate.run(cfg.evaluation, params, engine, list(cfg.domains), name, path)
+        out[name] = evaluate.run(cfg.evaluation, params, engine, setting.families, name, path)
     return out
 
 

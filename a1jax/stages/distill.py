@@ -45,6 +45,7 @@ class DistillConfig:
     steps: int = 60  # rollout-and-update steps
     prompts: int = 32  # unique tasks per domain and step
     lengths: tuple[int, ...] = (1, 2, 4, 8)  # lengths of those tasks in steps, in equal shares
+    of: dict[str, tuple[experts.Prompts, ...]] = dataclasses.field(default_factory=dict)  # domain -> its own, instead of ``lengths``
     rows: int = 12  # packed rows per domain and step; runs that find no room are left out and counted
     max_length: int = 512  # tokens per packed row, at least limits.max_length
     k: int = 16  # ids on which student and teacher are compared
@@ -187,7 +188,8 @@ class OnPolicy:
     def next(self, state: TrainState) -> tuple[dict[str, Any], Metrics]:
         cfg, setting, at = self.cfg, self.setting, int(state.step)
         began = time.perf_counter()
-        tasks = [t for d in setting.domains for t in experts.prompts(d, cfg.lengths, cfg.prompts, at, setting.seed)]
+        sources = {d: cfg.of.get(d, (experts.Prompts(cfg.lengths),)) for d in setting.domains}
+        tasks = [t for d in setting.domains for t in experts.mixed_prompts(setting.families[d], sources[d], cfg.prompts, at, setting.seed)]
         rollouts, counts = self.engine.run(state.params, tasks, seed=setting.seed * 1_000_003 + at)
         sampled = time.perf_counter()
         pieces, left_out, shares, replay = [], 0, {}, setting.model if cfg.replay_routes else None

@@ -9,7 +9,7 @@ import pathlib
 from collections import Counter, defaultdict
 
 from .. import metrics
-from ..domains.base import fingerprint
+from ..domains.base import Domain, Task, fingerprint
 from ..rollout.agent import Engine
 from ..types import FINISHED, Params, Rollout
 from . import experts
@@ -17,8 +17,13 @@ from . import experts
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    counts: dict[int, int]  # steps -> held-out tasks of that length, for every domain
+    counts: dict[int, int]  # steps -> held-out tasks of that length, for every domain that ``of`` does not name
     seed: int = 0  # which held-out tasks: the same for every column of the table
+    of: dict[str, tuple[experts.Runs, ...]] = dataclasses.field(default_factory=dict)  # domain -> its own held-out tasks
+
+    def tasks(self, domain: str, family: Domain, use: str) -> list[Task]:
+        sources = self.of.get(domain, (experts.Runs(self.counts),))
+        return [task for source in sources for task in experts.tasks(source.family or family, source.counts, use, self.seed)]
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -53,13 +58,13 @@ def score(rollouts: list[Rollout], steps: list[int]) -> dict:
 
 
 def run(
-    cfg: Evaluation, params: Params, engine: Engine, domains: list[str], name: str, path: pathlib.Path | None, use: str = "heldout"
+    cfg: Evaluation, params: Params, engine: Engine, families: dict[str, Domain], name: str, path: pathlib.Path | None, use: str = "heldout"
 ) -> dict:
     """{domain: score(...)} of a model; read back from ``path`` when it was computed before, else written there in one move."""
     if path is not None and path.exists():
         return json.loads(path.read_text())
-    lists = {d: experts.tasks(d, cfg.counts, use, cfg.seed) for d in domains}
-    everything = [task for d in domains for task in lists[d]]
+    lists = {d: cfg.tasks(d, family, use) for d, family in families.items()}
+    everything = [task for d in families for task in lists[d]]
     with metrics.progress(f"evaluate {name}", total=len(everything)) as bar:
         finished = 0
 
@@ -70,7 +75,7 @@ def run(
 
         rollouts, _ = engine.run(params, everything, seed=cfg.seed, on_done=on_done)
     out, at = {}, 0
-    for d in domains:
+    for d in families:
         chunk = rollouts[at : at + len(lists[d])]
         out[d] = {**score(chunk, [t.steps for t in lists[d]]), "tasks": fingerprint(lists[d])}
         at += len(lists[d])

@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..data import chat
 from ..data.packing import Example
 from ..data.tokenizer import Tokenizer
-from ..domains import DOMAINS, Call, Task, solve
+from ..domains import Call, Domain, Task, solve
 
 # Seeds of tasks start here, one range per use, so that no use ever meets another's tasks.
 STARTS = {"sft": 0, "teacher": 10_000_000, "prompts": 20_000_000, "heldout": 30_000_000, "admission": 40_000_000, "tokenizer": 50_000_000}
@@ -20,9 +20,10 @@ STARTS = {"sft": 0, "teacher": 10_000_000, "prompts": 20_000_000, "heldout": 30_
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """How many expert runs of each length: the length knob in steps -> number of runs. Finite on purpose."""
+    """How many expert runs (or held-out tasks) of each length. Finite on purpose."""
 
-    counts: dict[int, int]
+    counts: dict[int, int]  # the length knob in steps -> number of runs
+    family: Domain | None = None  # what they are drawn from; None: what the domain's name stands for in the experiment
 
     def __post_init__(self):
         for steps, count in self.counts.items():
@@ -30,41 +31,57 @@ class Runs:
                 raise ConfigError(f"Runs.counts has {steps}: {count}; steps are at least 1 and counts not negative")
 
 
-def tasks(domain: str, counts: dict[int, int], use: str, seed: int) -> list[Task]:
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tasks to roll out: their lengths in turn."""
+
+    lengths: tuple[int, ...]  # in steps
+    family: Domain | None = None  # as in Runs
+
+
+def tasks(family: Domain, counts: dict[int, int], use: str, seed: int) -> list[Task]:
     """The tasks of one use of a domain: ``use`` picks the seed range and, for "heldout" and "admission", the held-out split.
 
     Admission tasks (to admit a teacher) and held-out tasks (to report) come from different seeds of the held-out split.
     """
-    if domain not in DOMAINS:
-        raise ConfigError(f"no domain '{domain}'; domains are {', '.join(sorted(DOMAINS))}")
     split = "heldout" if use in ("heldout", "admission") else "train"
     start = STARTS[use] + seed * 100_000
-    return [DOMAINS[domain].propose(start + i, steps, split) for steps in sorted(counts) for i in range(counts[steps])]
+    return [family.propose(start + i, steps, split) for steps in sorted(counts) for i in range(counts[steps])]
 
 
-def examples(domain: str, index: int, runs: Runs, use: str, seed: int, tokenizer: Tokenizer, show_tools: bool) -> list[tuple[int, Example]]:
+def examples(
+    family: Domain, index: int, runs: Runs, use: str, seed: int, tokenizer: Tokenizer, show_tools: bool
+) -> list[tuple[int, Example]]:
     """(steps, example) of every expert run; index is the domain's number in the batch."""
     out = []
-    for task in tasks(domain, runs.counts, use, seed):
+    for task in tasks(runs.family or family, runs.counts, use, seed):
         run = solve(task)
         tokens, mask = chat.tokenize(tokenizer, list(run.messages), tools=run.tools if show_tools else ())
         out.append((task.steps, Example(tokens=tokens, mask=mask, domain=index)))
     return out
 
 
-def prompts(domain: str, lengths: Sequence[int], number: int, step: int, seed: int) -> list[Task]:
+def prompts(family: Domain, lengths: Sequence[int], number: int, step: int, seed: int) -> list[Task]:
     """``number`` unique training tasks for one step of distillation, their lengths in turn; no task comes twice in a run."""
+    return mixed_prompts(family, (Prompts(tuple(lengths)),), number, step, seed)
+
+
+def mixed_prompts(family: Domain, sources: Sequence[Prompts], number: int, step: int, seed: int) -> list[Task]:
+    """The same from several sources in equal shares; ``family`` is that of a source that names none."""
     first = STARTS["prompts"] + seed * 1_000_000 + step * number
-    rng = np.random.default_rng([seed, step])
-    order = rng.permutation(np.resize(np.asarray(lengths), number))
-    return [DOMAINS[domain].propose(first + i, int(steps), "train") for i, steps in enumerate(order)]
+    rng, out = np.random.default_rng([seed, step]), []
+    for i, source in enumerate(sources):
+        share = number // len(sources) + int(i < number % len(sources))
+        for steps in rng.permutation(np.resize(np.asarray(source.lengths), share)):
+            out.append((source.family or family).propose(first + len(out), int(steps), "train"))
+    return out
 
 
-def tokenizer_texts(domains: Sequence[str], seed: int) -> list[str]:
+def tokenizer_texts(families: Sequence[Domain], seed: int) -> list[str]:
     """What a small tokenizer is trained on: expert runs, tool schemas, and the tools' answers to wrong calls."""
     texts = []
-    for domain in domains:
-        for task in tasks(domain, {1: 8, 2: 8, 4: 8}, "tokenizer", seed):
+    for family in families:
+        for task in tasks(family, {1: 8, 2: 8, 4: 8}, "tokenizer", seed):
             texts += [f"{m.get('reasoning_content', '')}\n{m['content']}" for m in solve(task).messages]
         texts += [json.dumps(t) for t in task.tools]
         wrong = [Call("none", {}), *(Call(t["function"]["name"], {}) for t in task.tools)]
@@ -93,14 +110,14 @@ SCAFFOLD = (
 )
 
 
-def symbols(domains: Sequence[str], counters: int) -> list[str]:
+def symbols(families: Sequence[Domain], counters: int) -> list[str]:
     """Strings that get one id each in the small tokenizer: chat scaffold, counters, and what each domain repeats.
 
     Large tokenizers have a symbol for every chat tag as well; giving the fixed strings around a call one id shortens runs three times
     and changes nothing in the text.
     """
     out = [*SCAFFOLD, *(f" {i}" for i in range(1, counters + 1))]
-    for name in domains:
-        for text in DOMAINS[name].scaffold():
+    for family in families:
+        for text in family.scaffold():
             out.append("<tool_call>\n" + text if text.startswith('{"name"') else text)
     return list(dict.fromkeys(out))

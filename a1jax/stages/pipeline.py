@@ -13,7 +13,7 @@ from typing import Any
 from .. import metrics
 from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
-from ..domains import DOMAINS
+from ..domains import DOMAINS, Domain
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
@@ -37,7 +37,7 @@ class Experiment:
     name: str  # default run directory: runs/<name>
     main: Binding  # what a run does with this config: a function of (cfg, workdir)
     model: ModelConfig  # of student and teachers
-    domains: tuple[str, ...]  # of a1jax.domains, in table order
+    domains: tuple[str, ...]  # in table order
     runs: dict[str, experts.Runs]  # the finite expert data of stage 1, per domain
     sft: sft.SftConfig  # stage 1
     teachers: dict[str, teacher.TeacherConfig]  # stage 2, per domain
@@ -52,12 +52,18 @@ class Experiment:
     checkpoints: dict[str, scoring.Checkpoint] = dataclasses.field(
         default_factory=dict
     )  # domain -> a teacher that exists; stage 2 skips it
+    families: dict[str, Domain] = dataclasses.field(
+        default_factory=dict
+    )  # domain -> what its tasks are drawn from, if not domains.DOMAINS'
     initial: str = ""  # a parameters folder (of `a1jax import`, of a stage) that the base model is; empty: random parameters
 
     def __post_init__(self):
         for name in self.domains:
-            if name not in DOMAINS:
+            if name not in DOMAINS and name not in self.families:
                 raise ConfigError(f"domains has '{name}'; there are {', '.join(sorted(DOMAINS))}")
+            found = self.family(name).name
+            if found != name:
+                raise ConfigError(f"families.{name} is of domain '{found}'; a domain's tasks bear its name")
             for field in ("runs", "teachers"):
                 if name not in getattr(self, field) and not (field == "teachers" and name in self.checkpoints):
                     raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
@@ -68,6 +74,23 @@ class Experiment:
             raise ConfigError(
                 f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal"
             )
+
+    def family(self, domain: str) -> Domain:
+        """What a domain's tasks are drawn from where nothing else is said."""
+        return self.families.get(domain, DOMAINS.get(domain))
+
+    def every_family(self) -> list[Domain]:
+        """All that a run draws tasks from: each domain's, then those that its data name."""
+        runs = [
+            *self.runs.values(),
+            *(t.runs for t in self.teachers.values()),
+            *(r for e in (self.evaluation,) for o in e.of.values() for r in o),
+        ]
+        named = [r.family for r in runs if r.family] + [p.family for o in self.distill.of.values() for p in o if p.family]
+        out: list[Domain] = []
+        for family in (*map(self.family, self.domains), *named):
+            out += [family] if family not in out else []
+        return out
 
 
 def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer)
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
         )
-    return Setting(cfg.model, tokenizer, cfg.domains, mesh, workdir, writer, cfg.seed, cfg.initial)
+    return Setting(cfg.model, tokenizer, cfg.domains, mesh, workdir, writer, cfg.seed, cfg.initial, {d: cfg.family(d) for d in cfg.domains})
 
 
 def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokenizer:
@@ -107,24 +130,24 @@ def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokeniz
     if path.exists():
         return tokenizers.load(path)
     return tokenizers.train_sentencepiece(
-        experts.tokenizer_texts(cfg.domains, cfg.seed),
+        experts.tokenizer_texts(cfg.every_family(), cfg.seed),
         path,
         vocab_size=cfg.tokenizer.vocab_size,
-        symbols=experts.symbols(cfg.domains, cfg.tokenizer.counters),
+        symbols=experts.symbols(cfg.every_family(), cfg.tokenizer.counters),
     )
 
 
 def train_all(cfg: Experiment, setting: Setting, given: dict[str, Teacher]) -> tuple[dict[str, Params], dict[str, str]]:
     """Every model of the table that was trained here by name, and which parameters taught each domain."""
     show = cfg.limits.show_tools
-    data = {d: experts.examples(d, i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
+    data = {d: experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
     mixed = [pair for d in cfg.domains for pair in data[d]]
     with setting.on_mesh():
         models = {"base": setting.init_params()}
     models["sft"] = sft.run(cfg.sft, models["base"], sft.Curriculum(cfg.sft, mixed, setting), setting)
     for i, d in enumerate(cfg.domains):
         if teacher.stage_name(d) not in given:
-            extra = experts.examples(d, i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
+            extra = experts.examples(cfg.family(d), i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
             models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
     chosen = admit(cfg, setting, models, given)
     own = {name: Teacher(params, setting.model, setting.tokenizer) for name, params in models.items()}
@@ -140,7 +163,14 @@ def admit(cfg: Experiment, setting: Setting, models: dict[str, Params], given: d
 
     def success(name: str, domains: list[str]) -> dict:
         path = setting.workdir / f"admission/{name}.json"
-        return evaluate.run(cfg.admission, *_actor(cfg, setting, models, given, name), domains, f"{name} (admission)", path, "admission")
+        return evaluate.run(
+            cfg.admission,
+            *_actor(cfg, setting, models, given, name),
+            {d: cfg.family(d) for d in domains},
+            f"{name} (admission)",
+            path,
+            "admission",
+        )
 
     with setting.on_mesh():
         before = success("sft", list(cfg.domains))
@@ -179,7 +209,7 @@ def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params], give
 
     def score(name: str) -> dict:
         path = setting.workdir / f"evaluations/{name}.json"
-        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), list(cfg.domains), name, path)
+        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), setting.families, name, path)
 
     with setting.on_mesh():
         return {name: score(name) for name in (*models, *given)}

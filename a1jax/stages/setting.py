@@ -18,6 +18,7 @@ from .. import checkpoint, metrics, sharding, train
 from .. import params as param_specs
 from ..config import ConfigError
 from ..data.tokenizer import Tokenizer
+from ..domains import Domain
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..types import Batch, Params
@@ -32,7 +33,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """model: of student and teachers. mesh: None on one device. workdir: the run's folder. domains: their order is their index.
-    initial: the parameters folder that the base model comes from, see folders; empty: random parameters."""
+    initial: the parameters folder that the base model comes from, see folders; empty: random parameters. families: domain -> what its
+    tasks are drawn from."""
 
     model: ModelConfig
     tokenizer: Tokenizer
@@ -42,6 +44,7 @@ class Setting:
     writer: metrics.Writer
     seed: int
     initial: str = ""
+    families: dict[str, Domain] = dataclasses.field(default_factory=dict)
 
     @property
     def specs(self) -> Any:

@@ -7,19 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1jax.config import ConfigError
-from a1jax.domains import DOMAINS, Call, ToolCalling, solve
+from a1jax.domains import QUICKSTART, Call, Store, solve
 from a1jax.domains.base import Observation, consulted, fingerprint, in_split, judge
 from a1jax.domains.search import Graph, Search, title
 from a1jax.types import FAILED, FINISHED
 
-NAMES = sorted(DOMAINS)
+NAMES = sorted(QUICKSTART)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [1, 2, 7, 40, 120])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_expert_is_accepted_at_every_length(name, steps, split):
-    task = DOMAINS[name].propose(11, steps, split)
+    task = QUICKSTART[name].propose(11, steps, split)
     run = solve(task)
     assert (run.status, run.reward) == (FINISHED, 1.0)
     assert len(task.chain) == steps == task.steps
@@ -30,15 +30,15 @@ def test_expert_is_accepted_at_every_length(name, steps, split):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_task_and_run(name):
-    one, two = DOMAINS[name].propose(5, 4), DOMAINS[name].propose(5, 4)
+    one, two = QUICKSTART[name].propose(5, 4), QUICKSTART[name].propose(5, 4)
     assert one == two and solve(one) == solve(two)
-    assert fingerprint([one]) != fingerprint([DOMAINS[name].propose(6, 4)])
+    assert fingerprint([one]) != fingerprint([QUICKSTART[name].propose(6, 4)])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_heldout_shares_no_link_of_a_chain_with_training(name):
-    train = {pair for seed in range(150) for pair in DOMAINS[name].propose(seed, 1 + seed % 9, "train").chain}
-    heldout = {pair for seed in range(150) for pair in DOMAINS[name].propose(seed, 1 + seed % 9, "heldout").chain}
+    train = {pair for seed in range(150) for pair in QUICKSTART[name].propose(seed, 1 + seed % 9, "train").chain}
+    heldout = {pair for seed in range(150) for pair in QUICKSTART[name].propose(seed, 1 + seed % 9, "heldout").chain}
     assert len(train) > 300 and len(heldout) > 150 and not train & heldout
     assert all(in_split(a, b, "heldout") for a, b in heldout)
 
@@ -46,7 +46,7 @@ def test_heldout_shares_no_link_of_a_chain_with_training(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_is_no_task(name):
     with pytest.raises(ConfigError, match="at least 1 step"):
-        DOMAINS[name].propose(0, 0)
+        QUICKSTART[name].propose(0, 0)
 
 
 def edited(run, **changes):
@@ -54,7 +54,7 @@ def edited(run, **changes):
 
 
 def test_search_refuses_wrong_missing_and_unread_answers():
-    task = DOMAINS["search"].propose(3, 3)
+    task = QUICKSTART["search"].propose(3, 3)
     run = solve(task)
     wrong = (*run.messages[:-1], {"role": "assistant", "content": "@Nobody"})
     assert task.verify(edited(run, messages=wrong)).reason == "answer: wrong"
@@ -73,7 +73,7 @@ def test_search_graph_links_follow_the_split_and_descriptions_are_unique():
 
 
 def test_tool_calling_refuses_a_wrong_state_and_a_lucky_one():
-    task = DOMAINS["tool_calling"].propose(3, 3)
+    task = QUICKSTART["tool_calling"].propose(3, 3)
     run = solve(task)
     without = tuple(r for i, r in enumerate(run.records[:-1]) if i != 1)  # the first put never happened
     assert task.verify(dataclasses.replace(run, records=without)).reason.startswith("state:")
@@ -82,13 +82,11 @@ def test_tool_calling_refuses_a_wrong_state_and_a_lucky_one():
 
 
 def test_tool_calling_chains_through_cells_written_before():
-    chained = [DOMAINS["tool_calling"].propose(seed, 6) for seed in range(30)]
+    chained = [QUICKSTART["tool_calling"].propose(seed, 6) for seed in range(30)]
     share = [sum(s in {t for _, t in task.operations[:i]} for i, (s, _) in enumerate(task.operations)) / 6 for task in chained]
     assert 0.2 < sum(share) / len(share) < 0.7
     assert not any(
-        s in {t for _, t in task.operations[:i]}
-        for task in [ToolCalling(reuse=0.0).propose(1, 6)]
-        for i, (s, _) in enumerate(task.operations)
+        s in {t for _, t in task.operations[:i]} for task in [Store(reuse=0.0).propose(1, 6)] for i, (s, _) in enumerate(task.operations)
     )
 
 
@@ -105,13 +103,13 @@ def test_tool_calling_chains_through_cells_written_before():
     ],
 )
 def test_wrong_calls_get_a_clear_error_and_change_nothing(name, call, text):
-    task = DOMAINS[name].propose(1, 2)
+    task = QUICKSTART[name].propose(1, 2)
     before = task.reset()
     assert task.step(before, call) == (before, Observation(text, error=True))
 
 
 def test_put_checks_the_type_of_its_value():
-    task = DOMAINS["tool_calling"].propose(1, 2)
+    task = QUICKSTART["tool_calling"].propose(1, 2)
     key = task.operations[0][1]
     state, seen = task.step(task.reset(), Call("put", {"key": key, "value": "seven"}))
     assert seen.error and "must be '#' and a number" in seen.text and state == task.reset()
@@ -129,7 +127,7 @@ json_values = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | 
     arguments=st.dictionaries(st.sampled_from(["key", "value", "title", "query"]) | st.text(), json_values),
 )
 def test_tools_answer_whatever_they_are_asked(name, tool, arguments):
-    task = DOMAINS[name].propose(1, 2)
+    task = QUICKSTART[name].propose(1, 2)
     state, seen = task.step(task.reset(), Call(tool, arguments))
     assert isinstance(seen.text, str)
     assert not seen.error or state == task.reset()
@@ -139,4 +137,4 @@ def test_knobs_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="search.degree"):
         Search(degree=0)
     with pytest.raises(ConfigError, match="reuse"):
-        ToolCalling(reuse=1.5)
+        Store(reuse=1.5)

@@ -25,7 +25,7 @@ def test_expert_is_accepted_and_a_lazy_answer_is_not(steps, split):
         task = DOMAIN.propose(seed, steps, split)
         run = solve(task)
         assert (run.status, run.reward, len(task.chain), len(task.rules)) == (FINISHED, 1.0, steps, steps)
-        assert task.kept(run) == (True,) * steps and "all" in run.records[-1].outcome
+        assert task.rubrics(run) == (True,) * steps and "all" in run.records[-1].outcome
         assert all(describe(r) in task.question for r in task.rules) and task.messages()[0]["content"] == task.question
         for text in ("x", f"The {task.subject} is old."):
             assert not all(verdicts(task.rules, text))
@@ -38,16 +38,16 @@ def test_broken_rules_are_named_and_counted():
     answer = dataclasses.replace(run, records=(), messages=(run.messages[0], {"role": "assistant", "content": task.answer + ","}))
     judged = judge(task, answer)
     assert (judged.status, judged.reward) == (FAILED, 0.0)
-    assert judged.records[-1].outcome == "rules: punctuation:no_comma is broken; 3 of 4 kept" and task.kept(answer) == (
+    assert judged.records[-1].outcome == "rules: punctuation:no_comma is broken; 3 of 4 kept" and task.rubrics(answer) == (
         True,
         True,
         False,
         True,
     )
     empty = dataclasses.replace(answer, messages=(run.messages[0],))
-    assert task.verify(empty).reason == "answer: none given" and task.kept(empty) == (False,) * 4
+    assert task.verify(empty).reason == "answer: none given" and task.rubrics(empty) == (False,) * 4
     blank = dataclasses.replace(answer, messages=(run.messages[0], {"role": "assistant", "content": " \n"}))
-    assert task.kept(blank) == (False,) * 4
+    assert task.rubrics(blank) == (False,) * 4
 
 
 def test_splits_share_no_pair_and_all_types_come_up():

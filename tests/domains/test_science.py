@@ -31,7 +31,7 @@ F = Fraction
 def test_expert_is_accepted_at_every_length(tools, steps, split):
     task = Science(tools=tools).propose(11, steps, split)
     run = solve(task)
-    assert (run.status, run.reward) == (FINISHED, 1.0) and task.steps_met(run) == (True,) * steps
+    assert (run.status, run.reward) == (FINISHED, 1.0) and task.rubrics(run) == (True,) * steps
     assert len(task.chain) == steps == task.steps and all(in_split(a, b, split) for a, b in task.chain)
     calls = [r for r in run.records if r.action]
     assert len(calls) == (2 * steps + 1 if tools else 0) and not any(r.outcome for r in calls)
@@ -209,7 +209,7 @@ def test_each_step_is_checked_by_itself():
     lines = [f"{name}={show(value)} {UNIT[name]}" for name, value in task.results()]
 
     def met(text):
-        return task.steps_met(ended(task, run, text))
+        return task.rubrics(ended(task, run, text))
 
     assert met(" ".join(lines)) == (True,) * 4
     assert met(" ".join(lines[:3])) == (True, True, False, False)
@@ -247,7 +247,7 @@ def test_tools_and_verifiers_answer_whatever_they_are_given(tool, text, answer):
     argument = "object" if tool == "lookup" else "expression"
     task.step(task.reset(), Call(tool, {argument: text}))[1].text.encode("utf-8")
     run = solve(task)
-    assert isinstance(task.verify(ended(task, run, answer)).reason, str) and len(task.steps_met(ended(task, run, answer))) == 2
+    assert isinstance(task.verify(ended(task, run, answer)).reason, str) and len(task.rubrics(ended(task, run, answer))) == 2
     number(answer), unit(answer), quantity(text)
 
 
@@ -290,11 +290,11 @@ def test_word_tasks_go_through_the_protocol(tmp_path, tools):
     assert not train & heldout
     task = domain.propose(0, 3)
     run = solve(task)
-    assert run.status == FINISHED and task.steps_met(run) == (True,) * 3 and task.answer == "1100"
+    assert run.status == FINISHED and task.rubrics(run) == (True,) * 3 and task.answer == "1100"
     assert sum(r.action is not None for r in run.records) == (3 if tools else 0)
     assert task.verify(ended(task, run, "1,100 of them")).accepted
     said = dataclasses.replace(run, messages=(run.messages[0], {"role": "assistant", "content": "11 then 5.5 then 4"}))
-    assert task.steps_met(said) == (True, False, False)  # in the wrong order
+    assert task.rubrics(said) == (True, False, False)  # in the wrong order
     assert [task.verify(ended(task, run, a)).reason for a in ("1101", "no", "1 or 2")] == ["answer: wrong", *["answer: not one number"] * 2]
     with pytest.raises(ConfigError, match="no train problem with 9 calculations; there are 3"):
         domain.propose(0, 9)
@@ -320,5 +320,5 @@ def test_all_of_gsm8k_but_what_has_no_marks_is_solved_by_its_expert():
     for problem in problems[::7]:
         task = WordTask("science", "", len(problem.calculations), "", show(problem.answer), (), (), problem)
         run = solve(task)
-        assert run.status == FINISHED and all(task.steps_met(run)) and not any(r.outcome for r in run.records[:-1])
+        assert run.status == FINISHED and all(task.rubrics(run)) and not any(r.outcome for r in run.records[:-1])
     assert isinstance(Science().propose(0, 1), ScienceTask)

@@ -11,7 +11,7 @@ import pytest
 from a1jax import params as param_specs
 from a1jax.config import ConfigError
 from a1jax.data import chat
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.models import decode, transformer
 from a1jax.rollout.agent import Engine, Limits
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
@@ -31,7 +31,7 @@ def model(small_model):
 
 
 def tasks(steps=2):
-    return [DOMAINS[name].propose(seed, steps) for name in NAMES for seed in range(4)]
+    return [QUICKSTART[name].propose(seed, steps) for name in NAMES for seed in range(4)]
 
 
 def scripted(engine, texts):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from a1jax.config import ConfigError, bind
 from a1jax.data import chat
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.rollout import rewards
 from a1jax.types import FAILED, FINISHED, TRUNCATED, Trajectory
 
@@ -129,7 +129,7 @@ def test_a_turn_kept_as_text_is_well_formed_when_its_reader_says_so(text):
 
 
 def test_experts_runs_are_well_formed_and_never_repeat_themselves():
-    for domain in DOMAINS.values():
+    for domain in QUICKSTART.values():
         for steps in (1, 4):
             trajectory = solve(domain.propose(3, steps))
             found = rewards.search_reward(trajectory)

@@ -11,13 +11,14 @@ from a1jax import metrics
 from a1jax import params as param_specs
 from a1jax.data import chat
 from a1jax.data.tokenizer import train_sentencepiece
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.models import transformer
 from a1jax.stages import cross_tokenizer, experts, scoring, views
 from a1jax.stages.setting import Setting
 from a1jax.types import FINISHED, TRUNCATED, Rollout
 
-NAMES = tuple(DOMAINS)
+NAMES = tuple(QUICKSTART)
+FAMILIES = tuple(QUICKSTART.values())
 VOCABULARIES = {"search": (cross_tokenizer.digits, 608), "tool_calling": (cross_tokenizer.pieces, 720)}
 
 
@@ -29,14 +30,14 @@ def tokenizer(domain_tokenizer):
 @pytest.fixture()
 def setting(tokenizer, small_model, tmp_path):
     with metrics.Writer(tmp_path) as writer:
-        yield Setting(small_model, tokenizer, NAMES, None, tmp_path, writer, 0)
+        yield Setting(small_model, tokenizer, NAMES, None, tmp_path, writer, 0, families=QUICKSTART)
 
 
 @pytest.fixture(scope="session")
 def data(tokenizer):
     """Pairs of steps and example of both domains, lengths 1 and 2."""
     runs = experts.Runs({1: 12, 2: 12})
-    return [pair for i, name in enumerate(NAMES) for pair in experts.examples(name, i, runs, "sft", 0, tokenizer, False)]
+    return [pair for i, name in enumerate(NAMES) for pair in experts.examples(QUICKSTART[name], i, runs, "sft", 0, tokenizer, False)]
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def foreign_runs(tokenizer):
     found = []
     for domain in NAMES:
         for seed, steps in ((1, 1), (2, 2), (5, 3 if domain == "tool_calling" else 2)):
-            run = solve(DOMAINS[domain].propose(seed, steps))
+            run = solve(QUICKSTART[domain].propose(seed, steps))
             tokens, mask = chat.tokenize(tokenizer, list(run.messages))
             end = int(np.flatnonzero(mask)[-1]) + 1
             tokens, mask, status = tokens[:end], mask[:end], FINISHED
@@ -68,7 +69,7 @@ def foreign_teacher(tokenizer, small_model, tmp_path_factory):
     def make(domain):
         (symbols, size), n = VOCABULARIES[domain], NAMES.index(domain)
         path = tmp_path_factory.mktemp(domain) / "tokenizer.model"
-        own = train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=size, symbols=symbols(NAMES))
+        own = train_sentencepiece(experts.tokenizer_texts(FAMILIES, 0), path, vocab_size=size, symbols=symbols(FAMILIES))
         shape = {"d_model": 24, "num_layers": 1, "full_attention_interval": 1, "num_experts": 4}
         model = dataclasses.replace(small_model, vocab_size=size, tie_embeddings=bool(n), **shape)
         params = param_specs.init(transformer.specs(model), jax.random.key(n))

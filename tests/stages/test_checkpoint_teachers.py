@@ -10,6 +10,7 @@ from a1jax import checkpoint, config, metrics
 from a1jax import params as param_specs
 from a1jax.config import ConfigError
 from a1jax.data.tokenizer import train_sentencepiece
+from a1jax.domains import QUICKSTART
 from a1jax.models import transformer
 from a1jax.stages import cross_tokenizer, experts, folders, pipeline, scoring
 
@@ -20,9 +21,9 @@ SMOKE = str(pathlib.Path(__file__).resolve().parents[2] / "experiments/quickstar
 def cfg(small_model, tmp_path_factory):
     """The smoke quickstart on a small model; search has a teacher of another tokenizer and no stage 2."""
     folder = tmp_path_factory.mktemp("teacher")
-    names = ("search", "tool_calling")
+    families = tuple(QUICKSTART.values())
     train_sentencepiece(
-        experts.tokenizer_texts(names, 0), folder / "tokenizer.model", vocab_size=608, symbols=cross_tokenizer.digits(names)
+        experts.tokenizer_texts(families, 0), folder / "tokenizer.model", vocab_size=608, symbols=cross_tokenizer.digits(families)
     )
     model = dataclasses.replace(small_model, vocab_size=608, d_model=24)
     checkpoint.save_params(folder / "params", param_specs.init(transformer.specs(model), jax.random.key(3)))

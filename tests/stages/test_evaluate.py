@@ -36,7 +36,7 @@ def test_an_evaluation_is_computed_once_and_read_back(setting):
     engine = Engine(setting.model, setting.tokenizer, Limits(slots=4, max_length=96, max_turns=3, max_turn_tokens=8, temperature=0.0))
     params, path = setting.init_params(), setting.workdir / "evaluations/base.json"
     cfg = evaluate.Evaluation({1: 3})
-    out = evaluate.run(cfg, params, engine, list(setting.domains), "base", path)
+    out = evaluate.run(cfg, params, engine, setting.families, "base", path)
     assert {d: s["n"] for d, s in out.items()} == {"search": 3, "tool_calling": 3} and out["search"]["success"] == 0.0
     path.write_text(json.dumps({**out, "marker": 1}))
-    assert evaluate.run(cfg, None, engine, [], "base", path)["marker"] == 1
+    assert evaluate.run(cfg, None, engine, {}, "base", path)["marker"] == 1

@@ -12,7 +12,7 @@ from a1jax import metrics, sharding
 from a1jax import params as param_specs
 from a1jax.config import ConfigError, bind
 from a1jax.data import chat
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.rollout.agent import Engine, Limits
 from a1jax.stages import distill, full, scoring
 from a1jax.stages.distill import DistillConfig
@@ -33,9 +33,9 @@ CFG = DistillConfig(
 def runs(tokenizer, monkeypatch):
     """Experts' runs, two a domain, which every engine returns."""
     found = []
-    for domain in DOMAINS:
+    for domain in QUICKSTART:
         for seed in (1, 2):
-            run = solve(DOMAINS[domain].propose(seed, 1))
+            run = solve(QUICKSTART[domain].propose(seed, 1))
             tokens, mask = chat.tokenize(tokenizer, list(run.messages))
             end = int(np.flatnonzero(mask)[-1]) + 1
             found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))

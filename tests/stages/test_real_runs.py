@@ -9,7 +9,7 @@ from a1jax import config, metrics, optim
 from a1jax.config import ConfigError, bind
 from a1jax.data import trajectories
 from a1jax.data.errors import DataError
-from a1jax.domains import solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.stages import experts, real_runs
 from a1jax.stages.real_runs import DataConfig, RealRuns, Subset
 from a1jax.stages.sft import SftConfig
@@ -21,7 +21,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("search", "tool_calling"):
         (folder / name).mkdir()
-        runs = [solve(t) for t in experts.tasks(name, {2: 20, 4: 20}, "sft", 0)]
+        runs = [solve(t) for t in experts.tasks(QUICKSTART[name], {2: 20, 4: 20}, "sft", 0)]
         trajectories.write(folder / name / "runs.jsonl.gz", runs)
     path = folder / "search/runs.jsonl.gz"
     path.write_bytes(path.read_bytes() + gzip.compress(b'{"messages": [\n'))

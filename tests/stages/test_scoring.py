@@ -15,7 +15,7 @@ from a1jax.config import ConfigError, bind
 from a1jax.data import chat
 from a1jax.data.errors import DataError
 from a1jax.data.tokenizer import train_sentencepiece
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.models import transformer
 from a1jax.rollout.agent import Limits
 from a1jax.stages import cross_tokenizer, distill, experts, folders, scoring, views
@@ -55,9 +55,9 @@ def order(tokenizer):
 def runs(tokenizer):
     """Experts' runs as rollouts, two a domain."""
     found = []
-    for domain in DOMAINS:
+    for domain in QUICKSTART:
         for seed in (1, 2):
-            run = solve(DOMAINS[domain].propose(seed, 1))
+            run = solve(QUICKSTART[domain].propose(seed, 1))
             tokens, mask = chat.tokenize(tokenizer, list(run.messages))
             end = int(np.flatnonzero(mask)[-1]) + 1
             found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
@@ -270,7 +270,12 @@ def test_a_stage_of_another_run_is_read_with_the_tokenizer_of_that_run(setting, 
     source = scoring.Checkpoint(stored(setting.model, folder))
     assert scoring.open_checkpoint(source, student).tokenizer is setting.tokenizer  # that run has none of its own
     path = tmp_path / "tokenizer.model"
-    train_sentencepiece(experts.tokenizer_texts(setting.domains, 1), path, vocab_size=600, symbols=cross_tokenizer.digits(setting.domains))
+    train_sentencepiece(
+        experts.tokenizer_texts(tuple(QUICKSTART.values()), 1),
+        path,
+        vocab_size=600,
+        symbols=cross_tokenizer.digits(tuple(QUICKSTART.values())),
+    )
     found = scoring.open_checkpoint(source, student)
     assert found.tokenizer.path == str(path) and found.vocab_map.mode == "two_sided"
     shutil.copy(path, folder / "tokenizer.model.v3")  # a name that Mistral's have; what lies in the folder comes first

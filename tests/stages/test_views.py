@@ -8,29 +8,29 @@ import pytest
 from a1jax.align import byte_table
 from a1jax.data import chat
 from a1jax.data.tokenizer import train_sentencepiece
-from a1jax.domains import DOMAINS, solve
+from a1jax.domains import QUICKSTART, solve
 from a1jax.stages import cross_tokenizer, experts, views
 from a1jax.types import FINISHED, Rollout
 
-NAMES = tuple(DOMAINS)
+FAMILIES = tuple(QUICKSTART.values())
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A tokenizer that writes numbers digit by digit."""
     path = tmp_path_factory.mktemp("digits") / "tokenizer.model"
-    return train_sentencepiece(experts.tokenizer_texts(NAMES, 0), path, vocab_size=608, symbols=cross_tokenizer.digits(NAMES))
+    return train_sentencepiece(experts.tokenizer_texts(FAMILIES, 0), path, vocab_size=608, symbols=cross_tokenizer.digits(FAMILIES))
 
 
 def expert_run(tokenizer, domain="tool_calling", seed=3, steps=3):
     """An expert's run as a rollout would leave it; nothing after its last turn."""
-    run = solve(DOMAINS[domain].propose(seed, steps))
+    run = solve(QUICKSTART[domain].propose(seed, steps))
     tokens, mask = chat.tokenize(tokenizer, list(run.messages))
     end = int(np.flatnonzero(mask)[-1]) + 1
     return Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, steps, run)
 
 
-@pytest.mark.parametrize("domain", NAMES)
+@pytest.mark.parametrize("domain", list(QUICKSTART))
 def test_a_view_is_what_the_other_tokenizer_makes_of_the_run(tokenizer, digits, domain):
     run = expert_run(tokenizer, domain)
     (view,) = views.view_all([run], tokenizer, digits, False)

@@ -1,4 +1,4 @@
-"""Tool calling: chains of typed calls over a small stateful store.
+"""Tool calling at its smallest: chains of typed calls over a small stateful store (quickstart; the six domains use ``tool_graph``).
 
 The store holds cells; each operation of a task copies one cell into another, which takes two calls: ``get`` shows a value that
 nothing else reveals, ``put`` writes it. Later operations read what earlier ones wrote, so a slip spreads. The verifier replays
@@ -65,7 +65,7 @@ def cell(i: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolTask(Task):
+class StoreTask(Task):
     store: tuple[tuple[str, str], ...] = ()  # initial cells and values
     operations: tuple[tuple[str, str], ...] = ()  # (source, target) in order
 
@@ -117,7 +117,7 @@ class ToolTask(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolCalling(Domain):
+class Store(Domain):
     name: str = "tool_calling"
     reuse: float = 0.5  # probability that an operation reads a cell an earlier one wrote
 
@@ -125,7 +125,7 @@ class ToolCalling(Domain):
         if not 0.0 <= self.reuse <= 1.0:
             raise ConfigError(f"tool_calling.reuse is {self.reuse}; it is a probability")
 
-    def propose(self, seed: int, steps: int, split: Split = "train") -> ToolTask:
+    def propose(self, seed: int, steps: int, split: Split = "train") -> StoreTask:
         """``steps`` copies; no cell is read twice or written twice, and an operation never undoes what a later check needs.
 
         Raises ConfigError when steps is less than 1.
@@ -140,7 +140,7 @@ class ToolCalling(Domain):
         used = sorted({key for pair in operations for key in pair})
         store = tuple((key, f"#{int(rng.integers(VALUES))}") for key in used)
         plan = "".join(f" {number} copy{source} into{target}" for number, (source, target) in enumerate(operations, 1))
-        return ToolTask(
+        return StoreTask(
             domain=self.name,
             task_id=f"tool_calling-{split}-{steps}-{seed}",
             steps=steps,
