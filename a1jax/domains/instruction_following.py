@@ -172,6 +172,13 @@ class InstructionFollowing(Domain):
     """Chains are (subject, rule) pairs: a held-out task asks for no rule of a subject that a training task asks for."""
 
     name: str = "instruction_following"
+    kinds: tuple[str, ...] = ()  # types to draw from, by the part of their name after the colon; empty: all 25
+
+    def __post_init__(self):
+        known = sorted(name.split(":")[1] for name in RULES)
+        for name in self.kinds:
+            if name not in known:
+                raise ConfigError(f"{self.name}.kinds has '{name}'; the types are {', '.join(known)}")
 
     def propose(self, seed: int, steps: int, split: Split = "train") -> InstructionTask:
         """``steps`` constraints that can hold together, proved by the expert, and that a text written without them breaks.
@@ -182,6 +189,8 @@ class InstructionFollowing(Domain):
             raise ConfigError(f"{self.name}: a task needs at least 1 step, got {steps}")
         if steps > MOST:
             raise ConfigError(f"{self.name}: a step is a constraint and a task has at most {MOST}, got {steps}")
+        if self.kinds and self._most() < steps:
+            raise ConfigError(f"{self.name}: of these kinds at most {self._most()} agree in one task, got {steps} steps; name more kinds")
         rng = np.random.default_rng([seed, steps, zlib.crc32(f"{self.name}/{split}".encode())])
         while True:
             subject = SUBJECTS[int(rng.integers(len(SUBJECTS)))]
@@ -203,11 +212,21 @@ class InstructionFollowing(Domain):
             rules=rules,
         )
 
+    def _most(self) -> int:
+        """How many of the kinds may stand in one task, at least: taken greedily, those that agree with most first."""
+        left = sorted(set(self.kinds), key=lambda one: sum(not agree(one, other) for other in self.kinds))
+        taken: list[str] = []
+        for one in left:
+            taken += [one] if all(agree(one, other) for other in taken) else []
+        return len(taken)
+
     def _rules(self, rng: np.random.Generator, subject: str, request: str, steps: int, split: Split) -> tuple[Rule, ...]:
         """Rules in random order, each from the split and in agreement with those before it; fewer where they run out."""
         rules: list[Rule] = []
         for i in rng.permutation(len(RULES)):
             name = sorted(RULES)[i]
+            if self.kinds and name.split(":")[1] not in self.kinds:
+                continue
             if len(rules) < steps and all(agree(name.split(":")[1], kind(r)) for r in rules):
                 r = draw(name, rng, request)
                 rules += [r] if in_split(subject, signature(r), split) else []

@@ -184,6 +184,25 @@ class LongContext(Domain):
             tokens=size,
         )
 
+    def scaffold(self) -> tuple[str, ...]:
+        goods = [f" {w}." for w in GOODS]
+        names = [f"@{w}" for w in FIRST] + [*MIDDLE, *LAST]
+        options = [f" {letter}:" for letter in LETTERS]
+        return (
+            HEAD,
+            " holds",
+            ": Rule:",
+            " what",
+            " line",
+            " of line",
+            "The rule",
+            " is void.",
+            "Answer with a letter.",
+            *goods,
+            *names,
+            *options,
+        )
+
     def _story(self, rng: np.random.Generator, steps: int, split: Split) -> Story:
         """What the question is about, whatever its length."""
 
