@@ -28,7 +28,7 @@ WISHES = (
     Wish("@Bob", "#9", False, True, "cancel", "$iris", "", True, REFUSED["identity"], IRIS),
     Wish("@Bob", "#8", True, True, "cancel", "$iris", "", False, KEPT, IRIS),
 )
-ORDERS = (("$fern", FERN), ("$iris", IRIS), ("$rose", ROSE))
+ORDERS = (("$fern", FERN), ("$iris", IRIS), ("$rose", ROSE), ("$sage", Order("@Ann", "open", "#4")))
 CHAIN = tuple((w.caller, w.order) for w in WISHES)
 TASK = GeneralTask(
     "general", "by-hand", 6, "", KEPT, ("$fern", "$iris", "@Bob"), CHAIN, POLICY, (("@Ann", "#7"), ("@Bob", "#8")), ORDERS, WISHES
@@ -195,9 +195,11 @@ def test_each_kind_of_failure_has_its_reason():
         ((VERIFY, SHOW, Call("cancel", {"order": "$iris"})), "cancel $iris, which is not the caller's own, wish 1"),
         ((VERIFY, SHOW, Call("cancel", {"order": "$rose"})), "cancel $rose, which is lost, wish 1"),
         ((VERIFY, SHOW, CHANGE, DONE, CANCEL), "cancel $fern without a confirmation, wish 2"),
+        ((VERIFY, SHOW, CHANGE, DONE, SURE, Call("cancel", {"order": "$sage"})), "cancel $sage without a confirmation, wish 2"),
         ((*FIRST_TWO, Call("change", {"order": "$fern", "value": "#5"})), "change $fern, which is cancelled, wish 3"),
         ((*ALL[:10], VERIFY, Call("show", {"order": "$iris"})), "show $iris before the caller was verified, wish 5"),
         ((*ALL[:10], ALL[12], Call("show", {"order": "$iris"})), "show $iris before the caller was verified, wish 5"),
+        ((*ALL[:11], Call("show", {"order": "$iris"})), "show $iris before the caller was verified, wish 5"),
         ((*ALL[:14], Call("cancel", {"order": "$iris"})), "cancel $iris without a confirmation, wish 6"),
     ],
 )
@@ -226,6 +228,14 @@ def test_policy_text_says_what_the_policy_checks():
     for policy in (policies.draw(np.random.default_rng(i)) for i in range(50)):
         rules = policy.text().removeprefix(policies.HEAD)
         assert all(f"{policy.listed(kind)}." in rules and any(policy.listed(kind).endswith(p) for p in lists) for kind in policies.KINDS)
+
+
+def test_a_call_leaves_the_state_it_was_given_as_it_was():
+    first = TASK.reset()
+    second, _ = TASK.step(first, CHANGE)
+    third, seen = TASK.step(second, CANCEL)
+    assert seen.text == "ok" and third.orders["$fern"] == Order("@Ann", "cancelled", "#9")
+    assert first.orders == dict(ORDERS) and second.orders == {**dict(ORDERS), "$fern": Order("@Ann", "open", "#9")}
 
 
 @pytest.mark.parametrize(
