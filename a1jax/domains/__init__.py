@@ -2,6 +2,7 @@
 
 from .base import Call, Domain, Observation, Outcome, Task, judge, solve
 from .engineering import Engineering
+from .general import General
 from .instruction_following import InstructionFollowing
 from .long_context import LongContext
 from .science import Science
@@ -14,6 +15,7 @@ DOMAINS: dict[str, Domain] = {
     "science": Science(),
     "instruction_following": InstructionFollowing(),
     "tool_calling": Store(),
+    "general": General(),
 }
 """The family of tasks that a domain's name stands for where an experiment names no other."""
 

@@ -11,9 +11,13 @@ import pytest
 from a1jax import params as param_specs
 from a1jax.config import ConfigError
 from a1jax.data import chat
+from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import QUICKSTART, solve
+from a1jax.domains.base import SAY
+from a1jax.domains.general import General
 from a1jax.models import decode, transformer
 from a1jax.rollout.agent import Engine, Limits
+from a1jax.stages import experts
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
 
 LIMITS = Limits(slots=4, max_turns=12, max_turn_tokens=24, max_length=128, temperature=1.0)
@@ -64,6 +68,40 @@ def test_an_experts_tokens_through_the_loop_are_the_experts_run(tokenizer, model
         assert mask[n:].sum() == 0 and (run.logp == -0.5 * run.sampled).all()
         assert run.trajectory.messages[-1]["content"] == task.answer and run.trajectory.records[-1].outcome.endswith("accepted")
     assert counts["tool_errors"] == counts["aborted"] == 0
+
+
+@pytest.fixture(scope="module")
+def desk_tokenizer(tmp_path_factory):
+    families = (General(),)
+    path = tmp_path_factory.mktemp("desk") / "tokenizer.model"
+    return train_sentencepiece(experts.tokenizer_texts(families, 0), path, vocab_size=640, symbols=experts.symbols(families, 0))
+
+
+def test_a_user_replies_until_the_last_wish_is_closed(desk_tokenizer, model):
+    """Turns without a call go to the simulated user, what it says comes back as a user turn that the model did not write."""
+    engine = Engine(model[0], desk_tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=512, max_turns=40))
+    todo = [General().propose(seed, steps) for seed, steps in ((0, 1), (1, 3), (2, 4))]
+    runs = [solve(t) for t in todo]
+    wanted = [chat.tokenize(desk_tokenizer, list(r.messages)) for r in runs]
+    done, counts = scripted(engine, [w[0] for w in wanted]).run(None, todo, seed=0)
+    for expert, run, (tokens, mask) in zip(runs, done, wanted, strict=True):
+        assert (run.status, run.reward) == (FINISHED, 1.0) and run.trajectory.records == expert.records
+        assert run.trajectory.metadata["rubrics"] == expert.metadata["rubrics"]
+        np.testing.assert_array_equal(run.tokens, tokens[: len(run.tokens)])
+        np.testing.assert_array_equal(run.sampled, mask[: len(run.tokens)])
+        said = [m["content"] for m in run.trajectory.messages if m["role"] == "user"][1:]
+        assert said == [r.observation for r in expert.records if r.action and r.action["name"] == SAY] and said
+    assert counts["tool_errors"] == counts["aborted"] == 0
+
+
+def test_a_user_hangs_up_on_a_model_that_says_nothing_of_use(desk_tokenizer, model):
+    task = General().propose(0, 2)
+    prompt = chat.tokenize(desk_tokenizer, list(task.messages()), add_generation_prompt=True)[0]
+    engine = Engine(model[0], desk_tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=512))
+    done, _ = scripted(engine, [[*prompt, *[desk_tokenizer.eos_id] * 400]]).run(None, [task], seed=0)
+    assert (done[0].status, done[0].turns, done[0].sampled.sum()) == (FAILED, task.patience, task.patience)
+    assert done[0].trajectory.records[-1].outcome == "user: hung up on wish 1"
+    assert desk_tokenizer.decode(done[0].tokens.tolist()).count("I do not understand.") == task.patience - 1
 
 
 def test_log_probabilities_are_those_of_the_training_forward(tokenizer, model):
