@@ -8,13 +8,14 @@ from .long_context import LongContext
 from .science import Science
 from .search import Search
 from .store import Store
+from .tool_graph import ToolGraph
 
 DOMAINS: dict[str, Domain] = {
     "search": Search(),
     "engineering": Engineering(),
     "science": Science(),
     "instruction_following": InstructionFollowing(),
-    "tool_calling": Store(),
+    "tool_calling": ToolGraph(),
     "general": General(),
 }
 """The family of tasks that a domain's name stands for where an experiment names no other."""
@@ -22,4 +23,18 @@ DOMAINS: dict[str, Domain] = {
 QUICKSTART: dict[str, Domain] = {"search": Search(), "tool_calling": Store()}
 """The two smallest families: what quickstart, cross_tokenizer and most tests learn."""
 
-__all__ = ["DOMAINS", "QUICKSTART", "Call", "Domain", "LongContext", "Observation", "Outcome", "Search", "Store", "Task", "judge", "solve"]
+__all__ = [
+    "DOMAINS",
+    "QUICKSTART",
+    "Call",
+    "Domain",
+    "LongContext",
+    "Observation",
+    "Outcome",
+    "Search",
+    "Store",
+    "Task",
+    "ToolGraph",
+    "judge",
+    "solve",
+]
