@@ -199,7 +199,7 @@ class GeneralTask(Task):
 class General(Domain):
     name: str = "general"
     callers: float = 0.4  # probability that the next wish is another caller's
-    refused: float = 0.35  # share of the wishes that the policy forbids
+    refused: float = 0.4  # share of the wishes that the policy forbids
     reuse: float = 0.5  # probability that a wish is about an order that an earlier one was about
     patience: int = 3  # useless turns in one wish after which a caller hangs up
 
