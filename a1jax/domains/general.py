@@ -18,16 +18,16 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
+from . import general_expert
 from . import general_policy as policies
 from . import general_user as users
 from .base import SAY, Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, tool
-from .general_policy import AFTER, DONE, KEPT, KINDS, REFUSED, STATES, Order, Policy
+from .general_policy import AFTER, KINDS, NO_MATCH, OK, STATES, Order, Policy
 from .general_user import Wish
 from .general_wishes import Book
 from .search import CORE, title
 from .store import KEYS, VALUES, cell
 
-OK, NO_MATCH = "ok", "no match"
 TOOLS = (
     tool("verify", "Whether a code, such as #7, is the one of a customer.", customer="string", code="string"),
     tool("show", "Show an order: owner, state, value.", order="string"),
@@ -147,44 +147,7 @@ class GeneralTask(Task):
         return dataclasses.replace(state, told=told, checked=checked), Observation(following.opening)
 
     def expert(self) -> Generator[Turn, Observation, None]:
-        opening, caller = self.wishes[0].opening, ""
-        while True:  # the run ends when nobody replies
-            kind, thought = opening.split(f"{users.WANTS} ")[1].split(" ")[0], "same"
-            if opening.startswith(users.NEW):
-                seen = yield Turn("new", answer=users.WHO)
-                caller, code = users.identity(seen.text)
-                seen = yield Turn(f"new caller{caller}", Call("verify", {"customer": caller, "code": code}))
-                thought = seen.text
-            if thought == NO_MATCH:
-                seen = yield Turn(thought, answer=REFUSED["identity"])
-            else:
-                seen = yield from self._serve(kind, caller, thought)
-            opening = seen.text
-
-    def _serve(self, kind: str, caller: str, thought: str) -> Generator[Turn, Observation, Observation]:
-        """The expert's turns from the question for the order to the closing; returns what the user says then."""
-        seen = yield Turn(thought, answer=users.WHICH)
-        seen = yield Turn(seen.text, Call("show", {"order": seen.text}))
-        name, order = policies.read(seen.text)
-        thought, arguments = f"{name} of{order.owner} caller{caller}", {"order": name}
-        if order.owner != caller:
-            return (yield Turn(f"{thought} so foreign", answer=REFUSED["owner"]))
-        thought += f" so own{users.WANTS}{self.policy.listed(kind)} is {order.state}"
-        if order.state not in self.policy.states(kind):
-            return (yield Turn(f"{thought} so forbidden", answer=REFUSED["state"]))
-        thought += " so allowed"
-        if kind == "change":
-            seen = yield Turn(thought, answer=users.WHERE)
-            arguments["value"] = seen.text
-            thought = f"{name} to{seen.text}"
-        thought += f"{self.policy.to_confirm()} is {kind}"
-        if kind in self.policy.confirm:
-            seen = yield Turn(thought, answer=users.confirmation(kind, name, arguments.get("value", "")))
-            thought = seen.text
-            if seen.text != users.YES:
-                return (yield Turn(thought, answer=KEPT))
-        seen = yield Turn(thought, Call(kind, arguments))
-        return (yield Turn(seen.text, answer=DONE))
+        return general_expert.turns(self.wishes[0].opening, self.policy)
 
     def _replay(self, trajectory: Trajectory) -> Desk:
         """The state after the run's calls and sayings, done anew on the initial database."""
@@ -236,7 +199,7 @@ class GeneralTask(Task):
 class General(Domain):
     name: str = "general"
     callers: float = 0.4  # probability that the next wish is another caller's
-    refused: float = 0.35  # share of the wishes that the policy forbids
+    refused: float = 0.4  # share of the wishes that the policy forbids
     reuse: float = 0.5  # probability that a wish is about an order that an earlier one was about
     patience: int = 3  # useless turns in one wish after which a caller hangs up
 

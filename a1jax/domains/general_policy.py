@@ -19,6 +19,7 @@ _CONFIRMED = tuple(c for n in (1, 2) for c in itertools.combinations(KINDS, n))
 DONE, KEPT = "Done.", "Kept."
 REFUSED = {reason: f"Refused: {reason}." for reason in ("identity", "owner", "state")}
 CLOSINGS = (DONE, KEPT, *REFUSED.values())
+OK, NO_MATCH = "ok", "no match"  # what tools answer where there is nothing to show
 HEAD = (
     "You run a service desk for orders; callers follow one another. Ask a new caller who is calling and verify the name with the code "
     "before you show or touch an order. Ask which order it is about, and show it before you decide. Close each wish in a turn without a "

@@ -60,7 +60,7 @@ class Book:
 
     def _wish(self, caller: str, new: bool, refused: float, reuse: float) -> Wish | None:
         """One wish, or None where no order is left for this caller."""
-        reasons = ("identity", "owner", "state") if new else ("owner", "state")
+        reasons = (*(("identity",) if new else ()), "owner", "owner", "state")  # orders met again give more of "state"
         against = reasons[int(self.rng.integers(len(reasons)))] if self.rng.random() < refused else None
         kind = KINDS[int(self.rng.integers(len(KINDS)))]
         known = self.met.get(caller, [])
