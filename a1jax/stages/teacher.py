@@ -28,7 +28,7 @@ Phase = SftPhase | GrpoConfig
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    recipe: tuple[SftPhase | GrpoConfig, ...]  # its phases in order, the first from the stage-1 parameters; at most ten
+    recipe: tuple[Phase, ...]  # its phases in order, the first from the stage-1 parameters; at most ten
 
     def __post_init__(self):
         if not 1 <= len(self.recipe) <= 10:
