@@ -24,7 +24,7 @@ from a1jax.stages.evaluate import Evaluation
 from a1jax.stages.experts import Runs
 from a1jax.stages.pipeline import Experiment, TokenizerConfig
 from a1jax.stages.sft import Phase, SftConfig
-from a1jax.stages.teacher import TeacherConfig
+from a1jax.stages.teacher import SftPhase, TeacherConfig
 
 DOMAINS = ("search", "tool_calling")
 
@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> Experiment:
         families=QUICKSTART,
         runs={d: Runs({1: 250, 2: 250, 3: 250, 4: 250, 5: 12, 6: 12}) for d in DOMAINS},
         sft=sft,
-        teachers={d: TeacherConfig(runs=Runs({3: 150, 4: 150, 5: 300, 6: 300}), sft=extra) for d in DOMAINS},
+        teachers={d: TeacherConfig((SftPhase(Runs({3: 150, 4: 150, 5: 300, 6: 300}), extra),)) for d in DOMAINS},
         distill=DistillConfig(
             steps=100,
             prompts=24,
@@ -75,7 +75,7 @@ def smoke(cfg: Experiment) -> Experiment:
         name="quickstart-smoke",
         runs={d: runs for d in DOMAINS},
         sft=short,
-        teachers={d: TeacherConfig(runs=runs, sft=dataclasses.replace(short, steps=6, phases=())) for d in DOMAINS},
+        teachers={d: TeacherConfig((SftPhase(runs, dataclasses.replace(short, steps=6, phases=())),)) for d in DOMAINS},
         distill=dataclasses.replace(
             cfg.distill,
             steps=3,

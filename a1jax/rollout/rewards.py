@@ -99,6 +99,26 @@ def search_reward(
     return Reward(sum(parts.values()), parts)
 
 
+def outcome_reward(trajectory: Trajectory, *, format_bonus: float = 0.0) -> Reward:
+    """Correctness, and for a run that is well formed ``format_bonus`` more: the plain reward of a domain with a verifier."""
+    _check(format_bonus=format_bonus)
+    parts = {"correctness": correctness(trajectory)}
+    if format_bonus:
+        parts["format"] = format_bonus * format_reward(trajectory)
+    return Reward(sum(parts.values()), parts)
+
+
+def rubric_reward(trajectory: Trajectory, *, coefficient: float = 0.5) -> Reward:
+    """Correctness, and ``coefficient`` times the share of rubrics met (``Trajectory.metadata``): where few runs are right at first, runs
+    that come nearer are worth more. Raises ConfigError for a run that nobody judged."""
+    _check(coefficient=coefficient)
+    if "rubrics" not in trajectory.metadata:
+        raise ConfigError(f"{trajectory.task_id}: the run has no rubrics; let its task judge it first")
+    share = rubric_fraction(trajectory.metadata["rubrics"])
+    parts = {"correctness": correctness(trajectory), "rubrics": coefficient * share}
+    return Reward(sum(parts.values()), parts)
+
+
 def model_turns(trajectory: Trajectory) -> list[dict[str, Any]]:
     """The messages the model wrote."""
     return [message for message in trajectory.messages if message.get("role") == "assistant"]

@@ -15,7 +15,9 @@ from ..data.tokenizer import Tokenizer
 from ..domains import Call, Domain, Task, solve
 
 # Seeds of tasks start here, one range per use, so that no use ever meets another's tasks.
-STARTS = {"sft": 0, "teacher": 10_000_000, "prompts": 20_000_000, "heldout": 30_000_000, "admission": 40_000_000, "tokenizer": 50_000_000}
+USES = ("sft", "teacher", "prompts", "heldout", "admission", "tokenizer", "reinforce")  # reinforce: what teachers are rolled out on
+STARTS = {use: i * 10_000_000 for i, use in enumerate(USES)}
+LANE = 100_000  # tasks of one use and seed; stages of one domain that draw from the same use have a lane each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +41,39 @@ class Prompts:
     family: Domain | None = None  # as in Runs
 
 
-def tasks(family: Domain, counts: dict[int, int], use: str, seed: int) -> list[Task]:
+def tasks(family: Domain, counts: dict[int, int], use: str, seed: int, skip: int = 0) -> list[Task]:
     """The tasks of one use of a domain: ``use`` picks the seed range and, for "heldout" and "admission", the held-out split.
 
     Admission tasks (to admit a teacher) and held-out tasks (to report) come from different seeds of the held-out split.
+    skip: seeds of the range that others have taken; each length begins there.
     """
     split = "heldout" if use in ("heldout", "admission") else "train"
-    start = STARTS[use] + seed * 100_000
+    start = STARTS[use] + seed * LANE + skip
     return [family.propose(start + i, steps, split) for steps in sorted(counts) for i in range(counts[steps])]
 
 
 def examples(
-    family: Domain, index: int, runs: Runs, use: str, seed: int, tokenizer: Tokenizer, show_tools: bool
+    family: Domain, index: int, runs: Runs | Sequence[Runs], use: str, seed: int, tokenizer: Tokenizer, show_tools: bool, skip: int = 0
 ) -> list[tuple[int, Example]]:
-    """(steps, example) of every expert run; index is the domain's number in the batch."""
+    """(steps, example) of every expert run, of several families one after the other, no seed twice; index is the domain's number in the
+    batch. skip: as in ``tasks``."""
     out = []
-    for task in tasks(runs.family or family, runs.counts, use, seed):
-        run = solve(task)
-        tokens, mask = chat.tokenize(tokenizer, list(run.messages), tools=run.tools if show_tools else ())
-        out.append((task.steps, Example(tokens=tokens, mask=mask, domain=index)))
+    for part in several(runs):
+        for task in tasks(part.family or family, part.counts, use, seed, skip):
+            run = solve(task)
+            tokens, mask = chat.tokenize(tokenizer, list(run.messages), tools=run.tools if show_tools else ())
+            out.append((task.steps, Example(tokens=tokens, mask=mask, domain=index)))
+        skip += taken(part)
     return out
+
+
+def several(runs: Runs | Sequence[Runs]) -> tuple[Runs, ...]:
+    return (runs,) if isinstance(runs, Runs) else tuple(runs)
+
+
+def taken(runs: Runs | Sequence[Runs]) -> int:
+    """Seeds that these runs take of their range."""
+    return sum(max(part.counts.values(), default=0) for part in several(runs))
 
 
 def prompts(family: Domain, lengths: Sequence[int], number: int, step: int, seed: int) -> list[Task]:
@@ -74,6 +89,21 @@ def mixed_prompts(family: Domain, sources: Sequence[Prompts], number: int, step:
         share = number // len(sources) + int(i < number % len(sources))
         for steps in rng.permutation(np.resize(np.asarray(source.lengths), share)):
             out.append((source.family or family).propose(first + len(out), int(steps), "train"))
+    return out
+
+
+def drawn(family: Domain, sources: Sequence[Prompts], places: Sequence[int], seed: int, lane: int = 0) -> list[Task]:
+    """The training tasks at some places of an endless row: sources in turn, and of each its lengths, shuffled anew every time round.
+
+    A task is a function of its place, whoever asks and in whatever portions. family: of a source that names none. lane: 0 to 9.
+    """
+    out, start = [], STARTS["reinforce"] + seed * 10 * LANE + lane * LANE
+    for place in places:
+        number, which = divmod(int(place), len(sources))
+        source = sources[which]
+        round_, at = divmod(number, len(source.lengths))
+        order = np.random.default_rng([seed, lane, which, round_]).permutation(np.asarray(source.lengths))
+        out.append((source.family or family).propose(start + int(place), int(order[at]), "train"))
     return out
 
 

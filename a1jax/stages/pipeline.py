@@ -38,7 +38,7 @@ class Experiment:
     main: Binding  # what a run does with this config: a function of (cfg, workdir)
     model: ModelConfig  # of student and teachers
     domains: tuple[str, ...]  # in table order
-    runs: dict[str, experts.Runs]  # the finite expert data of stage 1, per domain
+    runs: dict[str, experts.Runs | tuple[experts.Runs, ...]]  # the finite expert data of stage 1, per domain; of several families in a row
     sft: sft.SftConfig  # stage 1
     teachers: dict[str, teacher.TeacherConfig]  # stage 2, per domain
     distill: distill.DistillConfig  # stage 3
@@ -82,8 +82,8 @@ class Experiment:
     def every_family(self) -> list[Domain]:
         """All that a run draws tasks from: each domain's, then those that its data name."""
         runs = [
-            *self.runs.values(),
-            *(t.runs for t in self.teachers.values()),
+            *(r for runs in self.runs.values() for r in experts.several(runs)),
+            *(x for t in self.teachers.values() for x in t.families()),
             *(r for e in (self.evaluation,) for o in e.of.values() for r in o),
         ]
         named = [r.family for r in runs if r.family] + [p.family for o in self.distill.of.values() for p in o if p.family]
@@ -145,10 +145,9 @@ def train_all(cfg: Experiment, setting: Setting, given: dict[str, Teacher]) -> t
     with setting.on_mesh():
         models = {"base": setting.init_params()}
     models["sft"] = sft.run(cfg.sft, models["base"], sft.Curriculum(cfg.sft, mixed, setting), setting)
-    for i, d in enumerate(cfg.domains):
+    for d in cfg.domains:
         if teacher.stage_name(d) not in given:
-            extra = experts.examples(cfg.family(d), i, cfg.teachers[d].runs, "teacher", cfg.seed, setting.tokenizer, show)
-            models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], [*data[d], *extra], setting, d)
+            models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], data[d], setting, d, show)
     chosen = admit(cfg, setting, models, given)
     own = {name: Teacher(params, setting.model, setting.tokenizer) for name, params in models.items()}
     teachers = {d: (own | given)[chosen[d]] for d in cfg.domains}

@@ -85,14 +85,18 @@ class Setting:
 
     def finish(self, stage: str, params: Params, facts: dict) -> Params:
         """Store a stage's parameters and their model, then its facts: only the facts make it finished."""
+        checkpoint.save_params(self.directory(stage) / "params", params)
+        self.conclude(stage, facts)
+        return params
+
+    def conclude(self, stage: str, facts: dict) -> None:
+        """Write model and facts beside parameters that are there: the stage is finished then."""
         directory = self.directory(stage)
-        checkpoint.save_params(directory / "params", params)
         initial = str(pathlib.Path(self.initial).resolve()) if self.initial else ""
         folders.write_model(directory, self.model, {"stage": stage, "initial": initial})
         part = directory / "done.part"
         part.write_text(json.dumps(facts, indent=1))
         part.rename(directory / "done.json")
-        return params
 
     def facts(self, stage: str) -> dict:
         return json.loads((self.directory(stage) / "done.json").read_text())

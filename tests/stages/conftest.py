@@ -12,6 +12,7 @@ from a1jax import params as param_specs
 from a1jax.data import chat
 from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import QUICKSTART, solve
+from a1jax.domains.base import Domain, Outcome, Task, Turn, final_answer
 from a1jax.models import transformer
 from a1jax.stages import cross_tokenizer, experts, scoring, views
 from a1jax.stages.setting import Setting
@@ -77,3 +78,48 @@ def foreign_teacher(tokenizer, small_model, tmp_path_factory):
         return scoring.open_teacher(params, model, own, (small_model, tokenizer))
 
     return make
+
+
+@dataclasses.dataclass(frozen=True)
+class GuessTask(Task):
+    """One turn: say a number from 1 to 4. ``fails``: the environment breaks when it is asked."""
+
+    fails: bool = False
+
+    def reset(self):
+        return None
+
+    def reply(self, state, text):
+        if self.fails:
+            raise RuntimeError("the environment is down")
+        return state, None
+
+    def expert(self):
+        yield Turn("step 1.", None, str(1 + int(self.task_id.rpartition("-")[2]) % 4))
+
+    def verify(self, trajectory):
+        right = final_answer(trajectory) == self.answer
+        return Outcome(right, float(right), "right" if right else "wrong")
+
+    def rubrics(self, trajectory):
+        said = final_answer(trajectory) or ""
+        return (said.isdigit(), said == self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess(Domain):
+    """A bandit: the answer is always the same number, its experts say all four alike."""
+
+    name: str = "search"
+    answer: str = "3"
+    broken: int = 0  # every task whose seed is a multiple of it has an environment that breaks; 0: none
+
+    def propose(self, seed, steps, split="train"):
+        fails = self.broken > 0 and seed % self.broken == 0
+        return GuessTask(self.name, f"guess-{split}-{steps}-{seed}", steps, "step", self.answer, (), (), fails)
+
+
+@pytest.fixture(scope="session")
+def guess():
+    """guess(**knobs): the bandit's family."""
+    return Guess
