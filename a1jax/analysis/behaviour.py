@@ -36,6 +36,11 @@ def models_of(scores: dict[str, dict], domain: str) -> list[str]:
     return [m for m in FIRST if m in found] + middle + [m for m in (LAST,) if m in found]
 
 
+def _own(model: str, domain: str) -> str:
+    """A domain's own teacher is called so in every domain's panel."""
+    return "teacher" if model == TEACHER + domain else model
+
+
 def success_rows(scores: dict[str, dict]) -> list[dict[str, Any]]:
     """One row per domain and model, every judged pair: success with its Wilson interval and n."""
     keys = ("n", "success", "low", "high")
@@ -63,7 +68,7 @@ def by_length(scores: dict[str, dict]) -> Figure:
             cells = sorted((int(k), w, n) for k, (w, n) in scores[m][d]["by_steps"].items() if n)
             ends = [wilson(w, n) for _, w, n in cells]
             y = tuple(w / n for _, w, n in cells)
-            lines.append(Line(m, tuple(k for k, _, _ in cells), y, tuple(e[0] for e in ends), tuple(e[1] for e in ends)))
+            lines.append(Line(_own(m, d), tuple(k for k, _, _ in cells), y, tuple(e[0] for e in ends), tuple(e[1] for e in ends)))
         n = max(scores[m][d]["n"] for m in models_of(scores, d))
         panels.append(Panel(f"{d} (n = {n})", "task length (steps)", "success (held-out tasks)", tuple(lines), limits=SHARES, whole=True))
     caption = "Runs on held-out tasks, greedy unless the experiment says otherwise; bars are 95 % Wilson intervals."
@@ -90,7 +95,7 @@ def _stacked(scores: dict[str, dict], key: str, title: str, caption: str, names:
         parts = {k: tuple(scores[m][d][key].get(k, 0) / scores[m][d]["n"] for m in models) for k in names}
         if models:
             n = max(scores[m][d]["n"] for m in models)
-            panels.append(Bars(f"{d} (n = {n})", "share of runs", tuple(models), {k: v for k, v in parts.items() if any(v)}))
+            panels.append(Bars(f"{d} (n = {n})", "share of runs", tuple(_own(m, d) for m in models), parts))
     return Figure(key, title, caption, tuple(panels))
 
 

@@ -103,6 +103,7 @@ def draw(figure: Figure) -> str:
         for axis, panel in zip(axes.flat, figure.panels, strict=False):
             _bars(axis, panel) if isinstance(panel, Bars) else _lines(axis, panel)
             axis.set_title(panel.title, fontsize=9.5, loc="left")
+        _legends(drawn, axes.flat[: len(figure.panels)])
         text = io.StringIO()
         drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(drawn)
@@ -128,7 +129,6 @@ def _lines(axis: Any, panel: Panel) -> None:
     if panel.whole:
         axis.set_xticks(sorted({x for line in panel.lines for x in line.x}))
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=7, framealpha=0.8)
 
 
 def _bars(axis: Any, panel: Bars) -> None:
@@ -141,6 +141,15 @@ def _bars(axis: Any, panel: Bars) -> None:
     axis.tick_params(axis="x", rotation=35, labelsize=7.5)
     for label in axis.get_xticklabels():
         label.set_horizontalalignment("right")
-    axis.set_ylim(0, 1.32 * max([*bottom, 1e-9]))  # room for the legend
-    axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0] if max(bottom, default=0) <= 1.001 else axis.get_yticks())
-    axis.legend(fontsize=7, ncols=2, loc="upper center", framealpha=0.8)
+    if max(bottom, default=0.0) <= 1.001:
+        axis.set(ylim=(0, 1), yticks=[0, 0.25, 0.5, 0.75, 1.0])
+
+
+def _legends(drawn: Any, axes: Any) -> None:
+    """One legend below where several panels name the same things, else one a panel."""
+    named = [axis.get_legend_handles_labels() for axis in axes]
+    if len(named) > 1 and len(named[0][1]) > 1 and all(labels == named[0][1] for _, labels in named):
+        drawn.legend(*named[0], loc="outside lower center", ncols=min(7, len(named[0][1])), fontsize=8, frameon=False)
+        return
+    for axis in axes:
+        axis.legend(fontsize=7, framealpha=0.8)

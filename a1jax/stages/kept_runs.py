@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import itertools
+import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,19 +58,35 @@ def write(path: pathlib.Path, runs: Iterable[Trajectory]) -> int:
     return trajectories.write(path, runs)
 
 
+def scan(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """(task id, line) of every run of a file, without reading what else is in the line."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            match = _TASK.search(line)
+            if match:
+                yield json.loads(match[1]), line
+
+
+_TASK = re.compile(r'"task_id": ("(?:[^"\\]|\\.)*")')  # ``trajectories.to_json`` writes it before everything that is long
+
+
 def read(path: pathlib.Path) -> list[Trajectory]:
     """Every run of a file, in order. Raises DataError for a line that is none."""
     return list(trajectories.read(path, strict=True)[0])
 
 
-def keep(folder: pathlib.Path, rollouts: Sequence[Rollout], step: int, most: int = 8, files: int = 32) -> pathlib.Path:
+def keep(
+    folder: pathlib.Path, rollouts: Sequence[Rollout], step: int, most: int = 8, files: int = 32, facts: Sequence[dict[str, Any]] = ()
+) -> pathlib.Path:
     """Keeps up to ``most`` of a step's runs, as many kinds of (domain, status) as there are, as folder/step_<step>.runs.jsonl.gz.
 
-    Bounded: where that makes more than ``files`` files, steps that are no multiple of the next power of two go, so the old ones thin
-    out; the newest stays. A stage that is resumed writes over the steps it takes again.
+    facts: for each rollout what else to keep of it, e.g. {"reward_parts": {name: number}, "advantage": number}. Bounded: where that makes
+    more than ``files`` files, steps that are no multiple of the next power of two go, so the old ones thin out; the newest stays. A
+    stage that is resumed writes over the steps it takes again.
     """
     path = folder / f"step_{step:06d}{SUFFIX}"
-    write(path, [to_trajectory(run, step=step) for run in chosen(rollouts, most)])
+    more = facts or [{}] * len(rollouts)
+    write(path, [to_trajectory(rollouts[i], step=step, **more[i]) for i in chosen(rollouts, most)])
     kept = steps_of(folder)
     stride = 1
     while sum(s % stride == 0 for s in kept) > files:
@@ -79,13 +97,13 @@ def keep(folder: pathlib.Path, rollouts: Sequence[Rollout], step: int, most: int
     return path
 
 
-def chosen(rollouts: Sequence[Rollout], most: int) -> list[Rollout]:
-    """Up to ``most`` runs, one of each (domain, status) in turn, in the order given."""
-    kinds: dict[tuple[str, str], list[Rollout]] = {}
-    for run in rollouts:
-        kinds.setdefault((run.domain, run.status), []).append(run)
+def chosen(rollouts: Sequence[Rollout], most: int) -> list[int]:
+    """Indices of up to ``most`` runs, one of each (domain, status) in turn, in the order given."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for i, run in enumerate(rollouts):
+        kinds.setdefault((run.domain, run.status), []).append(i)
     rounds = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds)))
-    return [run for several in rounds for run in several if run is not None][:most]
+    return [i for several in rounds for i in several if i is not None][:most]
 
 
 def steps_of(folder: pathlib.Path) -> dict[int, pathlib.Path]:

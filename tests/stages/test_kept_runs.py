@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from a1jax.data import trajectories
 from a1jax.data.errors import DataError
 from a1jax.stages import kept_runs
 from a1jax.types import FAILED, FINISHED, Rollout, Trajectory
@@ -44,7 +45,7 @@ def test_chosen_takes_of_every_kind_in_turn():
     runs = [
         run_of(str(i), domain, status) for i, (domain, status) in enumerate([("a", FINISHED)] * 5 + [("a", FAILED)] + [("b", FAILED)] * 2)
     ]
-    assert [r.task_id for r in kept_runs.chosen(runs, 5)] == ["5", "0", "6", "1", "7"]
+    assert kept_runs.chosen(runs, 5) == [5, 0, 6, 1, 7]
     assert len(kept_runs.chosen(runs, 100)) == len(runs) and kept_runs.chosen([], 3) == []
 
 
@@ -55,5 +56,16 @@ def test_what_is_kept_is_bounded_and_the_old_thins_out(tmp_path):
         held.append(list(kept_runs.steps_of(tmp_path)))
     assert held[3] == [1, 2, 3, 4] and held[4] == [2, 4, 5] and held[-1] == [8, 16, 20, 21]
     assert max(map(len, held)) <= 5 and all(steps[-1] >= 14 for steps in held[13:])
+    parts = [{"reward_parts": {"format": i / 10}} for i in range(6)]
+    kept_runs.keep(tmp_path / "facts", [run_of(str(i), status=FAILED if i == 4 else FINISHED) for i in range(6)], 1, most=2, facts=parts)
+    facts = kept_runs.read(kept_runs.steps_of(tmp_path / "facts")[1])
+    assert [(r.task_id, r.metadata["reward_parts"]) for r in facts] == [("4", {"format": 0.4}), ("0", {"format": 0.0})]
     runs = kept_runs.read(kept_runs.steps_of(tmp_path)[16])
     assert [(r.task_id, r.metadata["step"]) for r in runs] == [("0", 16), ("1", 16)]
+
+
+def test_scan_finds_task_ids_without_reading_the_rest(tmp_path):
+    odd = Trajectory("search", 'a "b" \\ \n', ({"role": "user", "content": '"task_id": "not this"'},))
+    kept_runs.write(tmp_path / "a.runs.jsonl.gz", [odd, kept_runs.to_trajectory(run_of("t2"))])
+    found = list(kept_runs.scan(tmp_path / "a.runs.jsonl.gz"))
+    assert [name for name, _ in found] == [odd.task_id, "t2"] and trajectories.from_json(found[0][1]) == odd
