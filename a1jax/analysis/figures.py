@@ -93,8 +93,8 @@ def to_csv(table: list[dict[str, Any]]) -> str:
 
 def draw(figure: Figure) -> str:
     """The figure as SVG text. The same figure gives the same text."""
-    across = min(PER_ROW, len(figure.panels))
-    down = math.ceil(len(figure.panels) / PER_ROW)
+    across = 2 if len(figure.panels) == 4 else min(PER_ROW, len(figure.panels))
+    down = math.ceil(len(figure.panels) / across)
     settings = {"svg.hashsalt": figure.name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.4}
     with plt.rc_context(settings):
         drawn, axes = plt.subplots(down, across, figsize=(4.1 * across, 3.3 * down), layout="constrained", squeeze=False)

@@ -82,7 +82,7 @@ def _of_model(path: pathlib.Path, model: str | None) -> dict[str, pathlib.Path]:
         raise ConfigError(f"{path}: nothing there; give the folder of a run or a trajectory file")
     found = files(path) if path.is_dir() else {}
     if not found and (path / provenance.FILE).is_file():
-        raise ConfigError(f"{path}: this run keeps no runs yet; those of a model are there once it has been judged")
+        raise ConfigError(f"{path}: no runs are kept here; each model leaves its own when it is judged")
     if model is None:
         return found
     if model not in found:
