@@ -167,7 +167,7 @@ def test_the_command_lists_prints_and_writes_a_page(folder, capsys, read_page):
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, words):
     assert main(["show", str(folder), *words]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and ("task-11" not in words or "task-1, task-2" in error)
+    assert error.count("\n") == 1 and ("task-11" not in words or "nearest are task-1," in error)
 
 
 def test_plain_trajectory_files_can_be_read_too(tmp_path, capsys):
