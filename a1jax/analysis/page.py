@@ -20,10 +20,14 @@ from . import behaviour, figures
 FILE, FOLDER = "report.html", "report"
 
 
-def write(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes the page and its CSV files; the page's path. Raises ConfigError where ``workdir`` is no run."""
+def write(workdir: pathlib.Path, devices: str | None = None) -> pathlib.Path:
+    """Writes the page and its CSV files; the page's path. Raises ConfigError where ``workdir`` is no run.
+
+    devices: what the run that is just ending ran on; its run.json says so, and that it finished, only afterwards."""
     workdir = pathlib.Path(workdir)
     told = provenance.read(workdir)
+    if devices and told.get("outcome") == "running":
+        told = {**told, "outcome": "finished", "devices": devices}
     scores, lines = read_scores(workdir), metrics.read(workdir)
     if not (told or scores or lines):
         raise ConfigError(f"{workdir}: no run (no {provenance.FILE}, {metrics.FILE} or evaluations/); give the folder of one")

@@ -30,8 +30,9 @@ class Turn:
     records: tuple[Record, ...] = ()
 
 
-def turns(run: Trajectory) -> list[Turn]:
-    """Every message of a run in order, and a last turn of kind CUT for ids that were written and never became a message."""
+def turns(run: Trajectory, tokenizer: Tokenizer | None = None) -> list[Turn]:
+    """Every message of a run in order, and a last turn of kind CUT for ids that were written and never became a message: their text
+    where ``tokenizer`` is the run's."""
     kept = run.metadata.get(kept_runs.KEY)
     written = iter(_written(kept) if kept else [])
     gaps = iter(_gaps(kept) if kept else [])
@@ -49,9 +50,22 @@ def turns(run: Trajectory) -> list[Turn]:
             kind = ERROR if role == "tool" and _refused(message, out) else OBSERVATION if role == "tool" else TEXT
             out.append(Turn(role, message.get("name") or "", ((kind, visible(message.get("content"))),), False, gap, None, caused))
             gap = None
-    for tokens, logp in written:
-        out.append(Turn("assistant", "", ((CUT, f"{tokens} tokens that became no message"),), True, tokens, logp))
+    spoken = sum(turn.role == "assistant" for turn in out)
+    for i, (tokens, logp) in enumerate(written, start=spoken):
+        start, stop = kept["sampled"][i]
+        text = visible(tokenizer.decode(kept["tokens"][start:stop])) if tokenizer and fits(run, tokenizer) else ""
+        parts = ((TEXT, text),) if text else ()
+        out.append(Turn("assistant", "", (*parts, (CUT, "cut here: this turn became no message")), True, tokens, logp))
     return out
+
+
+def fits(run: Trajectory, tokenizer: Tokenizer) -> bool:
+    """Whether a run's ids are this tokenizer's: whether they spell the question it was asked."""
+    ids = run.metadata.get(kept_runs.KEY, {}).get("tokens") or []
+    if not ids or max(ids) >= len(tokenizer.table):
+        return False
+    question = next((str(m.get("content") or "") for m in run.messages if m["role"] == "user"), "")
+    return "".join(question.split()) in "".join(tokenizer.decode(ids).split())
 
 
 def verdict(run: Trajectory) -> str:
@@ -77,13 +91,9 @@ def arguments(call: dict[str, Any]) -> str:
 
 def pieces(run: Trajectory, tokenizer: Tokenizer) -> list[tuple[str, bool, float]] | None:
     """(text, looked, logp) of every id of a run, neighbours that look alike joined; None where the ids are another tokenizer's."""
-    kept = run.metadata.get(kept_runs.KEY)
-    if not kept or not kept["tokens"] or max(kept["tokens"]) >= len(tokenizer.table):
+    if not fits(run, tokenizer):
         return None
     arrays = kept_runs.to_rollout(run)
-    question = next((str(m.get("content") or "") for m in run.messages if m["role"] == "user"), "")
-    if question.split() and "".join(question.split()) not in "".join(tokenizer.decode(kept["tokens"]).split()):
-        return None
     table, spelling = tokenizer.table, tokenizer.spelling
     each = [(spelling[i].encode() if table[i] is None else table[i], s > 0, float(p)) for i, s, p in zip(*_columns(arrays), strict=True)]
     alike = itertools.groupby(each, key=lambda piece: (piece[1], shade(piece[2]) if piece[1] else 0))

@@ -124,4 +124,4 @@ def write(workdir: pathlib.Path, results: dict[str, Any]) -> None:
     part = workdir / "results.part"
     part.write_text(json.dumps(results, indent=1))
     part.rename(workdir / "results.json")
-    page(workdir)
+    pages.write(workdir, provenance.devices())

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import ConfigError
+from ..data.tokenizer import Tokenizer
 from ..stages import kept_runs
 from ..types import Record, Trajectory
 from . import kept, page, reading
@@ -40,12 +41,13 @@ def run(path: pathlib.Path, task: str | None, model: str | None, html: pathlib.P
     if len(found) > 1:
         more = f" and {len(several) - 8} more" if len(several) > 8 else ""
         console.print(Text(f"{len(found)} runs of this task: {', '.join(several[:8])}{more}; here is {several[number]}", "dim"))
-    print_run(one, console)
+    tokenizer = kept.tokenizer_of(path) if path.is_dir() else None
+    print_run(one, console, tokenizer)
     if html is None and path.is_dir() and kept.files(path):
         html = path / FOLDER / f"{_safe(one.model)}.{_safe(task)}.html"
     if html is not None:
         try:
-            page.put(html, to_html(one, kept.tokenizer_of(path) if path.is_dir() else None))
+            page.put(html, to_html(one, tokenizer))
         except OSError as error:
             raise ConfigError(f"{html} cannot be written ({error.strerror}): choose another --html FILE") from None
         console.print(Text(f"page: {html}", "dim"), soft_wrap=True)
@@ -92,13 +94,13 @@ def facts(one: Kept) -> list[tuple[str, str]]:
     return [(name, reading.visible(str(value))) for name, value in shown if value not in (None, "")]
 
 
-def print_run(one: Kept, console: Console) -> None:
+def print_run(one: Kept, console: Console, tokenizer: Tokenizer | None = None) -> None:
     """The run turn by turn; a green bar stands beside what the loss looks at."""
     run = one.run
     console.print(Text.assemble((reading.visible(run.task_id), "bold"), "  ", _outcome(run)))
     console.print(Text("  ".join(f"{name} {value}" for name, value in facts(one)), "dim"))
     console.print(Text.assemble(("┃", "green"), (" the loss looks at it   ", "dim"), ("│", "dim"), (" it does not", "dim")))
-    for at, turn in enumerate(reading.turns(run), start=1):
+    for at, turn in enumerate(reading.turns(run, tokenizer), start=1):
         console.print()
         console.print(_heading(at, turn))
         for kind, text in turn.parts:
@@ -115,9 +117,9 @@ def record(r: Record) -> str:
     return reading.visible(f"saw {seen}" + (f"; {r.outcome}" if r.outcome else ""))
 
 
-def to_html(one: Kept, tokenizer: Any = None) -> str:
+def to_html(one: Kept, tokenizer: Tokenizer | None = None) -> str:
     """The run as one page that needs no network. tokenizer: of its ids, for the shaded text; one that does not fit is left out."""
-    turns = reading.turns(one.run)
+    turns = reading.turns(one.run, tokenizer)
     return page.template("show.html.jinja").render(
         name=reading.visible(one.run.task_id),
         status=one.run.status or "unknown",

@@ -98,7 +98,7 @@ def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):
     folder = fill(tmp_path, stage="<b>&sft")
     text = page.write(folder).read_text()
     found = read_page(text)
-    assert "a1jax run x.py" in found.text and "running" in found.text and "90.0" in found.text and "b" not in found.tags
+    assert "a1jax run x.py" in found.text and "running, started" in found.text and "90.0" in found.text and "b" not in found.tags
     assert found.tags.count("img") == 6 and "What it set out" not in found.text
     named = [a for a in found.addresses if a.endswith(".csv")]
     assert len(named) == 8 and all((folder / a).is_file() for a in named)
@@ -110,6 +110,8 @@ def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):
     row = next(r for r in read_csv(folder / "report/behaviour.csv") if r["model"] == "student")
     assert (row["tokens"], row["tool_errors"], row["FINISHED"], row["early"], row["late"]) == ("50.5", "0.25", "9", "1", "0")
     assert not list(folder.rglob("*.part"))
+    ended = read_page(page.write(folder, devices="3 x abacus").read_text()).text
+    assert "3 x abacus" in ended and "finished, started" in ended
 
 
 def test_a_run_that_has_hardly_begun_has_a_page_and_no_run_has_none(tmp_path, read_page):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import re
@@ -81,7 +82,7 @@ def test_turns_by_hand():
 
 def test_a_turn_that_was_cut_and_ids_that_were_not_kept():
     cut = reading.turns(kept_runs.to_trajectory(rollout(extra=3, status=TRUNCATED)))[-1]
-    assert cut.looked and cut.tokens == 3 and cut.parts[0][0] == "cut"
+    assert cut.looked and cut.tokens == 3 and [kind for kind, _ in cut.parts] == ["cut"]
     plain = reading.turns(RUN)
     assert len(plain) == 8 and {t.tokens for t in plain} == {None} and plain[1].looked and not plain[2].looked
 
@@ -134,6 +135,8 @@ def test_the_ids_are_shown_shaded_where_the_tokenizer_is_theirs(domain_tokenizer
     foreign = kept_runs.to_trajectory(
         Rollout("t", "search", np.asarray(answer), sampled[-len(answer) :], logp[-len(answer) :], FAILED, 0.0, 1, run)
     )
+    unsaid = dataclasses.replace(one, messages=run.messages[:1])
+    assert [p for p in reading.turns(unsaid, domain_tokenizer)[-1].parts if p[0] == "text"] == [("text", "step 1")]
     assert reading.pieces(foreign, domain_tokenizer) is None and reading.pieces(run, domain_tokenizer) is None
 
 
