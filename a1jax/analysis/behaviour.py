@@ -20,7 +20,8 @@ CURVES = (  # title, unit, names of metrics (the first word a pattern with *), l
     ("Coverage of S", "share of the student's probability", ("distill/coverage", "distill/coverage/*"), None),
     ("Entropy", "nats per model token", ("grpo/entropy", "distill/*entropy", "rollout/entropy*"), None),
     ("How runs ended", "share of training runs", tuple(f"rollout/{s.lower()}" for s in STATUSES if s != "ABORTED"), SHARES),
-    ("Groups dropped", "groups", ("grpo/dropped_groups",), None),
+    ("Tokens clipped or truncated", "share of model tokens", ("grpo/clipped*", "grpo/truncated"), None),
+    ("Groups", "groups a step", ("grpo/groups", "grpo/dropped_groups", "grpo/refills"), None),
 )
 
 

@@ -85,7 +85,7 @@ def facts(one: Kept) -> list[tuple[str, str]]:
     """What there is to say of a run as a whole, in order."""
     run, (turns, tokens) = one.run, sizes(one.run)
     shown = [("domain", run.domain), ("model", one.model), ("steps", run.metadata.get("steps")), ("turns", turns), ("tokens", tokens)]
-    shown += [(k, run.metadata.get(k)) for k in ("stop", "advantage") if k in run.metadata]
+    shown += [(k, run.metadata.get(k)) for k in ("stop", "forced", "advantage") if k in run.metadata]
     parts = run.metadata.get("reward_parts") or {}
     shown += [(f"reward: {name}", number(value)) for name, value in parts.items()]
     rubrics = run.metadata.get("rubrics") or []
