@@ -34,6 +34,7 @@ setup(
         "optax",
         "orbax-checkpoint",
         "protobuf",
+        "rich",
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets",

@@ -1,5 +1,6 @@
 """The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``,
-``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR`` and ``a1jax vocab-map STUDENT TEACHER -o FILE``.
+``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``, ``a1jax vocab-map STUDENT TEACHER -o FILE``,
+``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
@@ -103,7 +104,33 @@ def vocab_map(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"prepare": prepare, "import": import_hf, "export": export_hf, "vocab-map": vocab_map}
+def show(args: argparse.Namespace) -> int:
+    """Prints one kept run turn by turn and writes its page, or lists what there is to read."""
+    from a1jax.analysis import show as show_run
+
+    html = pathlib.Path(args.html) if args.html else None
+    show_run.run(pathlib.Path(args.run), None if args.list else args.task, args.model, html)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Writes the page of each run, finished or not, and prints the table of all of them together."""
+    from a1jax.analysis import page, seeds
+
+    for folder in args.runs:
+        print(page.write(pathlib.Path(folder)))
+    print("\n" + seeds.table([pathlib.Path(folder) for folder in args.runs]))
+    return 0
+
+
+COMMANDS = {
+    "prepare": prepare,
+    "import": import_hf,
+    "export": export_hf,
+    "vocab-map": vocab_map,
+    "show": show,
+    "report": report,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +174,14 @@ def _parser() -> argparse.ArgumentParser:
         )
     each.add_argument("-o", "--output", metavar="FILE", required=True, help="the map to write (.npz)")
     each.add_argument("--mode", metavar="MODE", help="identity, two_sided, one_sided or shared (default: identity or two_sided)")
+    each = commands.add_parser("show", help="read runs turn by turn", description="Prints a kept run and writes it as an HTML page.")
+    each.add_argument("run", metavar="RUN", help="the folder of a run, or a trajectory file (.jsonl, .jsonl.gz)")
+    each.add_argument("--task", metavar="ID", help="the task whose run to read, ID#2 the second of several; without it runs are listed")
+    each.add_argument("--model", metavar="NAME", help="whose runs: an evaluation's name, admission/NAME or STAGE@STEP (default: any)")
+    each.add_argument("--html", metavar="FILE", help="where to write the page (default: RUN/pages/, for a file nowhere)")
+    each.add_argument("--list", action="store_true", help="list the runs that can be read")
+    each = commands.add_parser("report", help="write the page of runs", description="Writes RUN/report.html; prints a table of all.")
+    each.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not; several seeds of one experiment are pooled")
     return parser
 
 

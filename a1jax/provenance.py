@@ -44,7 +44,7 @@ def finish(workdir: pathlib.Path, outcome: str) -> None:
     entry = read(workdir)
     ended = datetime.datetime.now(datetime.UTC)
     seconds = (ended - datetime.datetime.fromisoformat(entry["started"])).total_seconds()
-    _write(workdir, {**entry, "outcome": outcome, "seconds": seconds, "devices": _devices() if outcome == "finished" else None})
+    _write(workdir, {**entry, "outcome": outcome, "seconds": seconds, "devices": devices() if outcome == "finished" else None})
 
 
 def read(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _devices() -> str | None:
+def devices() -> str | None:
     """E.g. "8 x TPU v5p"; None for a run that never used jax."""
     jax = sys.modules.get("jax")
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}" if jax else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -22,9 +23,13 @@ def series(lines: list[dict[str, Any]], stage: str, name: str) -> tuple[list[int
 def curves(lines: list[dict[str, Any]], results: dict[str, Any], path: pathlib.Path) -> None:
     """One PNG: training losses, distillation (KL, coverage, success while sampling), success by task length per domain."""
     domains = list(results["domains"])
-    figure, axes = plt.subplots(1, 3 + len(domains), figsize=(4.2 * (3 + len(domains)), 3.6), layout="constrained")
-    stages = [s for s in dict.fromkeys(line["stage"] for line in lines) if s != "distill"]
-    for colour, stage in zip(COLOURS, stages, strict=False):
+    count = 3 + len(domains)
+    across = count if count <= 5 else 3
+    down = -(-count // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 3.6 * down), layout="constrained")
+    axes = axes.flat[:count]
+    stages = list(dict.fromkeys(line["stage"] for line in lines if "ce" in line))
+    for colour, stage in zip(itertools.cycle(COLOURS), stages, strict=False):
         axes[0].plot(*series(lines, stage, "ce"), color=colour, label=stage)
     axes[0].set(title="Supervised stages", xlabel="optimizer step", ylabel="cross-entropy (nats per model token)", yscale="log")
     axes[1].plot(*series(lines, "distill", "distill/kl"), color=COLOURS[0], label="KL on S (nats per model token)")

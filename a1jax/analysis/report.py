@@ -1,4 +1,4 @@
-"""What a run ends with: the table, report.md, results.json and the picture of its curves."""
+"""What a run ends with: the table, report.md, report.html, results.json and the picture of its curves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import pathlib
 from typing import Any
 
 from .. import metrics, provenance
+from ..config import Binding
 from ..stages import pipeline
 from ..stages.pipeline import Experiment
+from . import findings as goals
+from . import page as pages
 from . import plots
 
 
-def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
-    """``pipeline.run`` and its report. A finished run says so and prints its table again; a killed one goes on."""
+def run(cfg: Experiment, workdir: pathlib.Path, targets: Binding | None = None) -> dict[str, Any]:
+    """``pipeline.run`` and its report. A finished run says so and prints its table again; a killed one goes on.
+
+    targets: a function of the results that returns the lines of what was to be shown; None: ``findings.quickstart``."""
     workdir = pathlib.Path(workdir)
     finished = workdir / "results.json"
     if finished.exists():
@@ -22,21 +27,37 @@ def run(cfg: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     else:
         results = pipeline.run(cfg, workdir)
         seconds = results["wall_seconds"] + sum(start.get("seconds", 0.0) for start in provenance.read(workdir).get("earlier", []))
-        results = {**results, "wall_seconds": seconds}
+        results = {**results, "wall_seconds": seconds, "findings": (targets or goals.quickstart)(results)}
         write(workdir, results)
     print(table(results))
     return results
 
 
-def columns(results: dict[str, Any]) -> list[str]:
-    return ["base", "sft", "sft_continued", *(f"teacher_{d}" for d in results["domains"]), "student"]
+def page(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes report.html of a run, finished or still running, and its CSV files; the page's path."""
+    return pages.write(pathlib.Path(workdir))
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """The lines of the run's targets; of results from before they were kept, the quickstart's."""
+    return results["findings"] if "findings" in results else goals.quickstart(results)
+
+
+WIDE = 3  # domains from which on a table has one column for each domain's own teacher
+
+
+def columns(results: dict[str, Any], domain: str | None = None) -> list[str]:
+    """Models of the table, or with many domains those of one domain's row."""
+    domains = list(results["domains"])
+    teachers = [f"teacher_{d}" for d in domains] if len(domains) < WIDE else [f"teacher_{domain}" if domain else "teacher"]
+    return ["base", "sft", "sft_continued", *teachers, "student"]
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """Header, then per domain one row over all lengths with 95 % intervals and one row per length. Percent."""
     out = [["domain", "n", *columns(results)]]
     for domain, facts in results["domains"].items():
-        scores = [results["scores"][c][domain] for c in columns(results)]
+        scores = [results["scores"][c][domain] for c in columns(results, domain)]
         out.append([domain, str(facts["n"]), *(f"{100 * s['success']:.1f} [{100 * s['low']:.0f}-{100 * s['high']:.0f}]" for s in scores)])
         for length in scores[0]["by_steps"]:
             cells = [s["by_steps"][length] for s in scores]
@@ -52,32 +73,6 @@ def table(results: dict[str, Any]) -> str:
     lines.insert(1, "-" * len(lines[0]))
     head = "Success on held-out tasks in percent, greedy, with 95 % Wilson intervals."
     return "\n".join([head, "", *lines, "", *findings(results), f"Wall clock: {results['wall_seconds']:.0f} s."])
-
-
-def findings(results: dict[str, Any]) -> list[str]:
-    """Each target of the run as a line that says what was measured, met or not."""
-    domains, out = results["domains"], []
-
-    def line(met: bool, text: str):
-        out.append(f"[{'met' if met else 'MISSED'}] {text}")
-
-    for d, r in domains.items():
-        line(r["sft"] - r["base"] >= 0.30, f"{d}: SFT beats base by 30 points: {100 * r['base']:.1f} -> {100 * r['sft']:.1f}")
-        line(
-            r["teacher"] > r["sft"],
-            f"{d}: the teacher beats SFT on its own domain: {100 * r['sft']:.1f} -> {100 * r['teacher']:.1f}"
-            + ("" if r["taught_by"] != "sft" else " (not admitted; the SFT model held its place)"),
-        )
-    n = len(domains)
-    teachers, student = sum(r["teacher"] for r in domains.values()) / n, sum(r["student"] for r in domains.values()) / n
-    control = sum(r["sft_continued"] for r in domains.values()) / n
-    line(
-        student >= 0.9 * teachers > 0,
-        f"one student reaches 90 % of its teachers' mean: {100 * student:.1f} of {100 * teachers:.1f} "
-        f"({100 * student / max(teachers, 1e-9):.0f} %)",
-    )
-    line(student >= control, f"and is no worse than SFT continued at the same compute: {100 * student:.1f} against {100 * control:.1f}")
-    return out
 
 
 def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
@@ -114,6 +109,8 @@ def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
             "",
             f"From {source}.",
             "",
+            "More, with figures and their numbers: [report.html](report.html).",
+            "",
             "![curves](curves.png)",
             "",
         ]
@@ -121,9 +118,10 @@ def markdown(results: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def write(workdir: pathlib.Path, results: dict[str, Any]) -> None:
-    """curves.png, report.md and, last, results.json, which marks the run as finished."""
+    """curves.png, report.md, results.json, which marks the run as finished, and the page, which needs it."""
     plots.curves(metrics.read(workdir), results, workdir / "curves.png")
     (workdir / "report.md").write_text(markdown(results, provenance.read(workdir)))
     part = workdir / "results.part"
     part.write_text(json.dumps(results, indent=1))
     part.rename(workdir / "results.json")
+    pages.write(workdir, provenance.devices())

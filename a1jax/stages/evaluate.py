@@ -7,12 +7,19 @@ import json
 import math
 import pathlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
 
 from .. import metrics
+from ..domains import stopping
 from ..domains.base import Domain, Task, fingerprint
 from ..rollout.agent import Engine
-from ..types import FINISHED, Params, Rollout
-from . import experts
+from ..types import FINISHED, Params, Rollout, Trajectory
+from . import experts, kept_runs
+
+REFUSED = "schema: refused"  # what ``domains.base.record`` writes of a call that was wrong
+PARSER = "parser"  # who answers a turn that could not be read, in ``rollout.agent``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +42,9 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
-def score(rollouts: list[Rollout], steps: list[int]) -> dict:
-    """{"success", "low", "high", "n", "by_steps": {steps: [successes, n]}, "statuses", "tokens", "turns"} of one domain's runs."""
+def score(rollouts: Sequence[Rollout], steps: Sequence[int], stops: Sequence[str] = ()) -> dict:
+    """Of one domain's runs: {"success", "low", "high", "n", "by_steps": {steps: [successes, n]}, "statuses": {status: runs}, "tokens",
+    "tokens_p90", "turns", "tool_errors" (means a run, but for the 90th percentile)}, and with ``stops`` "stopping": {stop: runs}."""
     wins, by_steps = 0, defaultdict(lambda: [0, 0])
     for run, length in zip(rollouts, steps, strict=True):
         won = run.status == FINISHED and run.reward >= 1.0
@@ -53,14 +61,24 @@ def score(rollouts: list[Rollout], steps: list[int]) -> dict:
         "by_steps": {str(k): v for k, v in sorted(by_steps.items())},
         "statuses": dict(sorted(Counter(r.status for r in rollouts).items())),
         "tokens": sum(len(r.tokens) for r in rollouts) / n,
+        "tokens_p90": float(np.percentile([len(r.tokens) for r in rollouts] or [0], 90)),
         "turns": sum(r.turns for r in rollouts) / n,
+        "tool_errors": sum(tool_errors(r.trajectory) for r in rollouts if r.trajectory is not None) / n,
+        **({"stopping": stopping.counts(stops)} if stops else {}),
     }
+
+
+def tool_errors(trajectory: Trajectory) -> int:
+    """Calls that a schema or a tool refused, and turns that the parser could not read."""
+    refused = sum(r.action is not None and (r.outcome or "").startswith(REFUSED) for r in trajectory.records)
+    return refused + sum(m.get("role") == "tool" and m.get("name") == PARSER for m in trajectory.messages)
 
 
 def run(
     cfg: Evaluation, params: Params, engine: Engine, families: dict[str, Domain], name: str, path: pathlib.Path | None, use: str = "heldout"
 ) -> dict:
-    """{domain: score(...)} of a model; read back from ``path`` when it was computed before, else written there in one move."""
+    """{domain: score(...)} of a model; read back from ``path`` when it was computed before, else written there in one move, after the
+    runs themselves (``runs_of``)."""
     if path is not None and path.exists():
         return json.loads(path.read_text())
     lists = {d: cfg.tasks(d, family, use) for d, family in families.items()}
@@ -74,14 +92,32 @@ def run(
             bar.update(finished)
 
         rollouts, _ = engine.run(params, everything, seed=cfg.seed, on_done=on_done)
+    stops = [stopping.stop(task, rollout.trajectory) for task, rollout in zip(everything, rollouts, strict=True)]
     out, at = {}, 0
     for d in families:
-        chunk = rollouts[at : at + len(lists[d])]
-        out[d] = {**score(chunk, [t.steps for t in lists[d]]), "tasks": fingerprint(lists[d])}
+        here = slice(at, at + len(lists[d]))
+        out[d] = {**score(rollouts[here], [t.steps for t in lists[d]], stops[here]), "tasks": fingerprint(lists[d])}
         at += len(lists[d])
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        each = zip(rollouts, everything, stops, strict=True)
+        kept_runs.write(runs_of(path), (kept_runs.to_trajectory(r, model=name, steps=t.steps, stop=s) for r, t, s in each))
         part = path.with_suffix(".part")
         part.write_text(json.dumps(out, indent=1))
         part.rename(path)
     return out
+
+
+def runs_of(path: pathlib.Path) -> pathlib.Path:
+    """Where the runs behind an evaluation's JSON are kept."""
+    return path.with_name(path.name.removesuffix(".json") + kept_runs.SUFFIX)
+
+
+def score_again(path: pathlib.Path) -> dict[str, dict]:
+    """domain -> score(...) of the runs kept in a file: what the evaluation's JSON says, but for the tasks' fingerprint."""
+    by_domain = defaultdict(list)
+    for kept in kept_runs.read(path):
+        by_domain[kept.domain].append(kept)
+    return {
+        d: score([kept_runs.to_rollout(k) for k in several], [k.metadata["steps"] for k in several], [k.metadata["stop"] for k in several])
+        for d, several in by_domain.items()
+    }

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from a1jax import metrics
-from a1jax.analysis import plots, report
+from a1jax.analysis import findings, plots, report
 
 
 def score(wins, n):
@@ -46,6 +46,33 @@ def test_findings_say_what_was_missed(results):
     assert any("not admitted" in line for line in report.findings(results))
 
 
+def test_a_runs_own_findings_win(results):
+    assert report.findings({**results, "findings": ["[met] ours"]}) == ["[met] ours"]
+    assert "[met] ours" in report.table({**results, "findings": ["[met] ours"]})
+
+
+def test_six_domains_findings_say_what_was_missed(results):
+    lines = findings.six_domains(results)
+    assert all(line.startswith("[met]") for line in lines) and len(lines) == 6
+    for row in results["domains"].values():
+        row["student"] = 0.86  # 95 % of 0.9 is 0.855
+    assert all(line.startswith("[met]") for line in findings.six_domains(results))
+    assert sum(line.startswith("[MISSED]") for line in findings.six_domains(results, share=0.96)) == 1
+    results["domains"]["search"]["student"] = 0.4
+    missed = [line for line in findings.six_domains(results) if line.startswith("[MISSED]")]
+    assert len(missed) == 2 and "63.0 of 90.0 (70 %)" in missed[0] and "search: the student is not below SFT: 50.0 -> 40.0" in missed[1]
+
+
+def test_with_many_domains_there_is_one_column_for_each_ones_own_teacher(results):
+    results["domains"]["science"] = results["domains"]["search"]
+    for model in results["scores"].values():
+        model["science"] = score(1, 10)
+    results["scores"]["teacher_science"] = {"science": score(7, 10)}
+    rows = report.rows(results)
+    assert rows[0][2:] == ["base", "sft", "sft_continued", "teacher", "student"]
+    assert [row[5] for row in rows[1::2]] == ["90.0 [10-90]", "90.0 [10-90]", "70.0 [10-90]"]
+
+
 def test_report_and_picture_come_from_what_the_run_wrote(results, tmp_path):
     with metrics.Writer(tmp_path) as writer:
         for step in (1, 2):
@@ -55,4 +82,4 @@ def test_report_and_picture_come_from_what_the_run_wrote(results, tmp_path):
     report.write(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "90.0" in (tmp_path / "report.md").read_text() and (tmp_path / "curves.png").stat().st_size > 20_000
-    assert not list(tmp_path.glob("*.part"))
+    assert (tmp_path / "report.html").is_file() and not list(tmp_path.glob("*.part"))

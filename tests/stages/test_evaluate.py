@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 
 from a1jax.rollout.agent import Engine, Limits
-from a1jax.stages import evaluate
-from a1jax.types import FAILED, FINISHED, TRUNCATED, Rollout
+from a1jax.stages import evaluate, kept_runs
+from a1jax.types import FAILED, FINISHED, TRUNCATED, Record, Rollout, Trajectory
 
 
 def test_wilson_by_hand_and_at_the_ends():
@@ -40,3 +41,41 @@ def test_an_evaluation_is_computed_once_and_read_back(setting):
     assert {d: s["n"] for d, s in out.items()} == {"search": 3, "tool_calling": 3} and out["search"]["success"] == 0.0
     path.write_text(json.dumps({**out, "marker": 1}))
     assert evaluate.run(cfg, None, engine, {}, "base", path)["marker"] == 1
+
+
+def with_trajectory(messages=(), records=(), **changes):
+    trajectory = Trajectory("search", "t", tuple(messages), records=tuple(records))
+    return dataclasses.replace(run_of(FAILED, 0.0), trajectory=trajectory, **changes)
+
+
+def test_tool_errors_tokens_and_stops_by_hand():
+    call = {"name": "search", "arguments": {}}
+    refused, fine, verdict = (
+        Record((), call, "error", "schema: refused"),
+        Record((), call, "text"),
+        Record((), None, None, "schema: refused"),
+    )
+    unread = [{"role": "tool", "name": "parser", "content": "error"}, {"role": "tool", "name": "search", "content": "text"}]
+    runs = [with_trajectory(unread, [refused, fine, verdict]), with_trajectory(), with_trajectory([], [refused, refused])]
+    runs = [dataclasses.replace(r, tokens=np.zeros(n, np.int32)) for r, n in zip(runs, (10, 20, 60), strict=True)]
+    out = evaluate.score(runs, [1, 1, 1], ["early", "late", "early"])
+    assert [evaluate.tool_errors(r.trajectory) for r in runs] == [2, 0, 2] and out["tool_errors"] == 4 / 3
+    assert (out["tokens"], out["tokens_p90"]) == (30.0, 52.0)  # of 10, 20, 60: 90 % of the way is 0.8 between 20 and 60
+    assert out["stopping"] == {"early": 2, "in_time": 0, "late": 1, "never": 0}
+    assert "stopping" not in evaluate.score(runs, [1, 1, 1])
+
+
+def test_every_number_of_an_evaluation_can_be_counted_again_from_its_runs(setting, monkeypatch):
+    engine = Engine(setting.model, setting.tokenizer, Limits(slots=4, max_length=128, max_turns=3, max_turn_tokens=16, temperature=0.0))
+    path, seen = setting.workdir / "evaluations/base.json", []
+    monkeypatch.setattr(kept_runs, "to_trajectory", lambda r, f=kept_runs.to_trajectory, **k: (seen.append(r), f(r, **k))[1])
+    out = evaluate.run(evaluate.Evaluation({1: 2, 2: 2}), setting.init_params(), engine, setting.families, "base", path)
+    again = evaluate.score_again(evaluate.runs_of(path))
+    assert again == {d: {k: v for k, v in s.items() if k != "tasks"} for d, s in out.items()}
+    kept = [kept_runs.to_rollout(k) for k in kept_runs.read(evaluate.runs_of(path))]
+    for before, after in zip(seen, kept, strict=True):
+        for name in ("tokens", "sampled"):
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+        np.testing.assert_allclose(after.logp, before.logp, atol=5.1e-5)
+        assert after.trajectory.messages == before.trajectory.messages and after.turns == before.turns
+    assert {k.metadata["model"] for k in kept_runs.read(evaluate.runs_of(path))} == {"base"}
