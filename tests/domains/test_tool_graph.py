@@ -15,7 +15,7 @@ from a1jax.data.tokenizer import train_sentencepiece
 from a1jax.domains import DOMAINS, Call, ToolGraph, solve
 from a1jax.domains.base import Observation, consulted, in_split
 from a1jax.domains.tool_graph import ToolGraphTask, called, pairs, question
-from a1jax.domains.tool_graph_catalogue import TOOLS, Catalogue, Edge
+from a1jax.domains.tool_graph_catalogue import TOOLS, Catalogue, Edge, Tool
 from a1jax.domains.tool_graph_screen import Step, screen
 from a1jax.domains.tool_graph_search import Shapes
 from a1jax.domains.tool_graph_world import CATALOGUE, KINDS, State, World
@@ -72,6 +72,8 @@ def test_the_graph_by_hand():
     assert not [e for e in edges if e.source in ("open", "reserve") and e.kind == "argument"]
     assert [t.name for t in CATALOGUE.suppliers(CATALOGUE.by_name["assign"], "person")] == ["boss", "friend", "keeper"]
     assert [t.name for t in CATALOGUE.preparation(CATALOGUE.by_name["read"])] == ["code", "open"]
+    more = Catalogue((*TOOLS, Tool("spare", "A code of something else.", (("box", "box"),), "code", reads="spare")))
+    assert [t.name for t in more.suppliers(more.by_name["open"], "code")] == ["code"]
     assert 8 <= len(TOOLS) <= 14 and all(t["function"]["parameters"]["required"] for t in ToolGraphTask.tools)
 
 

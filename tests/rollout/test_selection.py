@@ -33,6 +33,8 @@ def test_near_misses_by_hand():
     assert near_misses(OUTCOMES, RUBRICS, 64, fraction=0.76).tolist() == [2]
     assert near_misses(OUTCOMES, RUBRICS, 64, success=(0.25, 0.5)).tolist() == [2, 5]
     assert near_misses(OUTCOMES, RUBRICS, 64, success=(0.0, 1.0)).tolist() == [3, 2, 0, 5]  # the solved one is never a miss
+    assert near_misses(OUTCOMES, RUBRICS, 64, success=(0.0, 1.0), fraction=0.0).tolist() == [3, 2, 0, 5, 1]
+    assert near_misses([[1, 0], [0, 0]], [[1, 0.75], [0.75, 0.75]], 9).tolist() == [1, 0]  # a tie: the harder one first
     assert near_misses([[0], [0]], [[0.5], [0.5]], 9).tolist() == [0, 1]
     assert near_misses(np.zeros((0, 3)), np.zeros((0, 3)), 64).tolist() == []
 
@@ -40,6 +42,7 @@ def test_near_misses_by_hand():
 def test_mixed_tasks_by_hand():
     assert mixed_tasks(OUTCOMES, tries=4).tolist() == [2, 3, 5]
     assert mixed_tasks(OUTCOMES, tries=2).tolist() == [2]  # only the first two tries count
+    assert mixed_tasks([[0, 0, 1], [0, 1, 1]], tries=2).tolist() == [1]
     assert mixed_tasks([[1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [True] * 5]).tolist() == [0]
 
 
