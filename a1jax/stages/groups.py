@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """n groups of G runs, in the order of their tasks. rewards: one per run, None for an ABORTED one. The arrays are [n, G], kept [n].
+    """n groups of G runs, in the order of their tasks; what each got is in its trajectory's metadata too ("rewards", "advantage").
+    rewards: one per run, None for an ABORTED one. The arrays are [n, G], kept [n].
 
     advantages: 0 where the run is not valid. looked: the loss reads the run's tokens. kept: the group teaches something."""
 
@@ -63,14 +64,22 @@ def judge(cfg: GrpoConfig, tasks: list[Task], runs: list[Rollout]) -> Groups:
         gains = advantages.group_advantages(total, valid, deviation=cfg.deviation)
         mixed = advantages.mixed(total, valid)
     kept = np.asarray(mixed) if cfg.drop_equal else valid.any(1)
-    return Groups(runs, found, np.asarray(gains), looked, kept)
+    gains = np.asarray(gains)
+    runs = [
+        run if reward is None else _noted(run, rewards=reward.parts, advantage=gain)
+        for run, reward, gain in zip(runs, found, gains.ravel().tolist(), strict=True)
+    ]
+    return Groups(runs, found, gains, looked, kept)
+
+
+def _noted(run: Rollout, **facts: Any) -> Rollout:
+    """The run with facts in its trajectory's metadata, for whoever reads it later."""
+    trajectory = dataclasses.replace(run.trajectory, metadata={**run.trajectory.metadata, **facts})
+    return dataclasses.replace(run, trajectory=trajectory)
 
 
 def _with_rubrics(task: Task, run: Rollout) -> Rollout:
-    if run.status == ABORTED:
-        return run
-    metadata = {**run.trajectory.metadata, "rubrics": list(rubrics(task, run.trajectory))}
-    return dataclasses.replace(run, trajectory=dataclasses.replace(run.trajectory, metadata=metadata))
+    return run if run.status == ABORTED else _noted(run, rubrics=list(rubrics(task, run.trajectory)))
 
 
 def per_token(batch: Batch, runs: tuple[Rollout, ...], rows: tuple[int, ...], starts: tuple[int, ...], values: list[Any]) -> np.ndarray:

@@ -81,6 +81,7 @@ def test_group_advantages_leave_out_what_was_interrupted(guess):
     found = judged(CFG, guess, (FINISHED,), (FAILED,), (FAILED,), (ABORTED,))
     # mean 1/3, deviation sqrt(2)/3 of the three that count
     np.testing.assert_allclose(found.advantages, [[2 / 2**0.5, -1 / 2**0.5, -1 / 2**0.5, 0]], rtol=1e-5)
+    assert found.runs[0].trajectory.metadata["rewards"] == {"correctness": 1.0} and found.runs[0].trajectory.metadata["advantage"] > 1.4
     assert found.kept.tolist() == [True] and found.looked.tolist() == [[True, True, True, False]] and found.rewards[3] is None
     plain = judged(dataclasses.replace(CFG, deviation=False), guess, (FINISHED,), (FAILED,), (FAILED,), (ABORTED,))
     np.testing.assert_allclose(plain.advantages, [[2 / 3, -1 / 3, -1 / 3, 0]], rtol=1e-5)
@@ -111,6 +112,7 @@ def test_papo_grades_failures_by_their_process(guess):
     assert failures.kept[0]
     np.testing.assert_allclose(failures.advantages, [[0.5, -0.5]], rtol=1e-5)
     assert not judged(CFG, guess, (FAILED, (1, 0)), (FAILED, (0, 0))).kept[0]
+    assert not judged(cfg, guess, (FINISHED, (1, 1)), (FINISHED, (1, 0))).kept[0]  # a success is never graded by its process
     cut = judged(cfg, guess, (FAILED, (1, 0)), (TRUNCATED,))  # nobody judged the second: its task is asked now
     np.testing.assert_allclose(cut.advantages, [[0.5, -0.5]], rtol=1e-5)
     with pytest.raises(ConfigError, match="rewards of 0 or 1"):

@@ -210,7 +210,7 @@ def test_log_probabilities_may_be_recomputed(stage):
 def test_under_a_mesh_the_stage_goes_through(stage):
     """Its runs are sampled, and under a mesh with other rounding, so they are not compared; the update is, on one batch."""
     setting, start = stage
-    meshed = dataclasses.replace(setting, mesh=make_mesh(MeshConfig({"fsdp": 2, "tensor": 2})))
+    meshed = dataclasses.replace(setting, mesh=make_mesh(MeshConfig({"data": 2, "expert": 2})))
     data = sampled(setting, start)
     plain = step_from(start, setting, data)
     with meshed.on_mesh():
