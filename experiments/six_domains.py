@@ -14,7 +14,7 @@ The data of stage 1 is finite and short; the teachers have longer runs of their 
 import dataclasses
 
 from a1jax import optim
-from a1jax.analysis import report
+from a1jax.analysis import findings, report
 from a1jax.config import ConfigError, bind
 from a1jax.domains import DOMAINS, LongContext
 from a1jax.domains.engineering import Engineering
@@ -72,7 +72,7 @@ def get_config(arg: str = "") -> Experiment:
     )
     cfg = Experiment(
         name=f"six_domains-{seed}",
-        main=bind(report.run),
+        main=bind(report.run, targets=bind(findings.six_domains, share=0.95)),
         model=models.tiny(vocab_size=VOCABULARY),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
         domains=tuple(FAMILIES),

@@ -32,7 +32,7 @@ from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..sharding import flatten_tokens
 from ..types import ABORTED, Metrics, Params, Rollout, TrainState
-from . import experts, full, scoring
+from . import experts, full, kept_runs, scoring
 from .scoring import Placed, Teacher
 from .setting import Setting, train_stage
 from .sft import router_metrics
@@ -182,8 +182,8 @@ def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int,
 class OnPolicy:
     """A train.Source that samples its batches from the student it trains. Stateless: step and seed say everything."""
 
-    def __init__(self, cfg: DistillConfig, setting: Setting, engine: Engine, scorers: dict[str, scoring.Scorer]):
-        self.cfg, self.setting, self.engine, self.scorers = cfg, setting, engine, scorers
+    def __init__(self, cfg: DistillConfig, setting: Setting, engine: Engine, scorers: dict[str, scoring.Scorer], stage: str = "distill"):
+        self.cfg, self.setting, self.engine, self.scorers, self.stage = cfg, setting, engine, scorers, stage
 
     def next(self, state: TrainState) -> tuple[dict[str, Any], Metrics]:
         cfg, setting, at = self.cfg, self.setting, int(state.step)
@@ -192,6 +192,7 @@ class OnPolicy:
         tasks = [t for d in setting.domains for t in experts.mixed_prompts(setting.families[d], sources[d], cfg.prompts, at, setting.seed)]
         rollouts, counts = self.engine.run(state.params, tasks, seed=setting.seed * 1_000_003 + at)
         sampled = time.perf_counter()
+        kept_runs.keep_some(setting.workdir, self.stage, rollouts, at, cfg.save_every)
         pieces, left_out, shares, replay = [], 0, {}, setting.model if cfg.replay_routes else None
         for index, domain in enumerate(setting.domains):
             placed = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length, replay)
@@ -238,6 +239,9 @@ def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
     out = {f"rollout/{status.lower()}": n / len(rollouts) for status, n in Counter(r.status for r in rollouts).items()}
     for domain in sorted({r.domain for r in rollouts}):
         out[f"rollout/success/{domain}"] = float(np.mean([r.reward for r in rollouts if r.domain == domain]))
+    logp, written = (np.concatenate([getattr(r, name) for r in rollouts]) for name in ("logp", "sampled"))
+    if written.any():  # what a token drawn at temperature 1 says of the entropy
+        out["rollout/entropy"] = float(-np.mean(logp[written > 0]))
     return {**out, "rollout/mean_tokens": float(np.mean([len(r.tokens) for r in rollouts]))}
 
 
@@ -276,6 +280,6 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], settin
         return lambda state, data: compiled(state, data, frozen)  # an argument: a constant would be part of the program
 
     def make_source() -> OnPolicy:
-        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), scorers)
+        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), scorers, stage)
 
     return train_stage(setting, cfg, params, stage, make_step, make_source)

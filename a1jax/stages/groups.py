@@ -16,6 +16,7 @@ from ..losses import advantages
 from ..rollout import rewards
 from ..rollout.agent import Engine
 from ..types import ABORTED, FINISHED, Batch, Metrics, Rollout, TrainState
+from . import kept_runs
 from .distill import pack_domain, rollout_metrics
 from .setting import Setting
 from .task_pool import Tasks, rubrics
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """n groups of G runs, in the order of their tasks; what each got is in its trajectory's metadata too ("rewards", "advantage").
+    """n groups of G runs, in the order of their tasks; what each got is in its trajectory's metadata too ("reward_parts", "advantage").
     rewards: one per run, None for an ABORTED one. The arrays are [n, G], kept [n].
 
     advantages: 0 where the run is not valid. looked: the loss reads the run's tokens. kept: the group teaches something."""
@@ -66,7 +67,7 @@ def judge(cfg: GrpoConfig, tasks: list[Task], runs: list[Rollout]) -> Groups:
     kept = np.asarray(mixed) if cfg.drop_equal else valid.any(1)
     gains = np.asarray(gains)
     runs = [
-        run if reward is None else _noted(run, rewards=reward.parts, advantage=gain)
+        run if reward is None else _noted(run, reward_parts=reward.parts, advantage=gain)
         for run, reward, gain in zip(runs, found, gains.ravel().tolist(), strict=True)
     ]
     return Groups(runs, found, gains, looked, kept)
@@ -98,14 +99,16 @@ class Reinforced:
 
     A batch is None where no group teaches anything: that step changes nothing."""
 
-    def __init__(self, cfg: GrpoConfig, setting: Setting, engine: Engine, tasks: Tasks, index: int, scorer: Scorer):
-        self.cfg, self.setting, self.engine, self.tasks, self.index, self.scorer = cfg, setting, engine, tasks, index, scorer
+    def __init__(self, cfg: GrpoConfig, setting: Setting, engine: Engine, tasks: Tasks, index: int, scorer: Scorer, stage: str = "grpo"):
+        self.cfg, self.setting, self.engine, self.tasks, self.stage, self.index = cfg, setting, engine, tasks, stage, index
+        self.scorer = scorer
         self.drawn = 0
 
     def next(self, state: TrainState) -> tuple[dict[str, Any] | None, Metrics]:
         began = time.perf_counter()
         found, counts = self._sample(state)
         sampled = time.perf_counter()
+        kept_runs.keep_some(self.setting.workdir, self.stage, [run for g in found for run in g.runs], int(state.step), self.cfg.save_every)
         data, packed = self._pack(state, found)
         out = {**packed, "rollout/seconds": sampled - began, "score/seconds": time.perf_counter() - sampled}
         return data, {**out, **{f"rollout/{name}": value for name, value in counts.items()}, **self._report(found)}

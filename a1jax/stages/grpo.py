@@ -235,7 +235,7 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
         if cfg.pool is not None:
             tasks = task_pool.choose(cfg.pool, tasks, engine, params, setting.directory(stage) / "pool.json", stage)
         scorer = Scorer(cfg, setting.model, params)
-        return groups.Reinforced(cfg, setting, engine, tasks, setting.domains.index(domain), scorer)
+        return groups.Reinforced(cfg, setting, engine, tasks, setting.domains.index(domain), scorer, stage)
 
     # The schedule counts updates, of which a step may have several.
     counted = dataclasses.replace(cfg, optimizer=lambda specs, steps: cfg.optimizer(specs, steps * cfg.updates))

@@ -97,6 +97,12 @@ def keep(
     return path
 
 
+def keep_some(workdir: pathlib.Path, stage: str, rollouts: Sequence[Rollout], step: int, every: int) -> None:
+    """``keep`` in the folder of a stage that samples, at every ``every``-th of its steps."""
+    if step % every == 0:
+        keep(workdir / FOLDER / stage, rollouts, step)
+
+
 def chosen(rollouts: Sequence[Rollout], most: int) -> list[int]:
     """Indices of up to ``most`` runs, one of each (domain, status) in turn, in the order given."""
     kinds: dict[tuple[str, str], list[int]] = {}

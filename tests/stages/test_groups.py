@@ -81,7 +81,9 @@ def test_group_advantages_leave_out_what_was_interrupted(guess):
     found = judged(CFG, guess, (FINISHED,), (FAILED,), (FAILED,), (ABORTED,))
     # mean 1/3, deviation sqrt(2)/3 of the three that count
     np.testing.assert_allclose(found.advantages, [[2 / 2**0.5, -1 / 2**0.5, -1 / 2**0.5, 0]], rtol=1e-5)
-    assert found.runs[0].trajectory.metadata["rewards"] == {"correctness": 1.0} and found.runs[0].trajectory.metadata["advantage"] > 1.4
+    assert (
+        found.runs[0].trajectory.metadata["reward_parts"] == {"correctness": 1.0} and found.runs[0].trajectory.metadata["advantage"] > 1.4
+    )
     assert found.kept.tolist() == [True] and found.looked.tolist() == [[True, True, True, False]] and found.rewards[3] is None
     plain = judged(dataclasses.replace(CFG, deviation=False), guess, (FINISHED,), (FAILED,), (FAILED,), (ABORTED,))
     np.testing.assert_allclose(plain.advantages, [[2 / 3, -1 / 3, -1 / 3, 0]], rtol=1e-5)
