@@ -1,6 +1,6 @@
-"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``,
-``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``, ``a1jax vocab-map STUDENT TEACHER -o FILE``,
-``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
+"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax generate --domain D ...``,
+``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``,
+``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
@@ -123,7 +123,17 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def generate_runs(args: argparse.Namespace) -> int:
+    """Writes runs of a domain's accepted tasks and prints their statistics."""
+    from a1jax.stages import generate
+
+    options = (args.seed, args.split, args.tokenizer, args.failures, args.set)
+    print(generate.generate(args.domain, args.tasks, args.horizon, args.out, *options))
+    return 0
+
+
 COMMANDS = {
+    "generate": generate_runs,
     "prepare": prepare,
     "import": import_hf,
     "export": export_hf,
@@ -143,6 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument(
         "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
     )
+    each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
+    each.add_argument("--domain", metavar="D", required=True, help="search, engineering, science, instruction_following, tool_calling, ...")
+    each.add_argument("--tasks", metavar="N", type=int, required=True, help="runs to write")
+    each.add_argument("--horizon", metavar="TOKENS", type=int, required=True, help="mean length of the finished runs")
+    each.add_argument("--out", metavar="FILE", required=True, help="the .jsonl or .jsonl.gz to write")
+    each.add_argument("--seed", metavar="S", type=int, default=0, help="of the first task (default: 0)")
+    each.add_argument("--split", choices=("train", "heldout"), default="train", help="default: train")
+    each.add_argument("--tokenizer", metavar="PATH", help="counts the tokens (default: four characters are one)")
+    each.add_argument("--failures", metavar="SHARE", type=float, default=0.0, help="share of runs by a careless solver (default: 0)")
+    each.add_argument("--set", metavar="field=value", nargs="+", action="extend", default=[], help="change a field of the domain")
     each = commands.add_parser("prepare", help="turn trajectories into a dataset", description="Turns trajectories into a dataset.")
     each.add_argument("sources", metavar="SRC", nargs="+", help="trajectory files (.jsonl, .jsonl.gz) or folders of them")
     each.add_argument("--out", metavar="DIR", required=True, help="folder of the dataset")

@@ -79,7 +79,7 @@ def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathli
         outcomes, shares, valid = _try(cfg, tasks, engine, params, name)
         places, outcomes, shares = places[valid], outcomes[valid], shares[valid]
         near = cfg.select == "near_misses"
-        chosen = selection.near_misses(outcomes, shares, cfg.size) if near else selection.mixed_tasks(outcomes)
+        chosen = selection.near_misses(outcomes, shares, cfg.size) if near else selection.mixed_tasks(outcomes, outcomes.shape[1])
         facts |= {"tries": cfg.tries, "tried": len(places), "selected": len(chosen), "success_of_all": float(outcomes.mean())}
         places = places[np.asarray(chosen, np.int64)]
     places = places[: cfg.size or None].tolist()

@@ -1,0 +1,136 @@
+"""Which proposed tasks are kept: the five rules of arXiv 2606.30616, section 2.2, each applied by acting in the task's environment.
+
+Rules, in the order they are tried, since the first broken one is named:
+- verifiable: two runs of the expert get the same verdict, and the verifier refuses what is no answer.
+- valid: the expert's run is accepted.
+- process-informative: no one-shot lookup: the answer alone and the answer after any single call are refused.
+- evidence-covering: every evidence item was shown by some observation of the expert's run.
+- unambiguous: the answer does not stand in the question, and a run that leaves out an evidence item is refused.
+The last three concern tasks with tools and more than one step. Without tools the question holds all the evidence, so they hold
+vacuously; there the verifier must still refuse an empty answer or a meaningless one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from ..types import Trajectory
+from .base import Call, Task, Turn, call_message, consulted, judge, record, said, solve, tool_message, user_message
+
+RULES = ("verifiable", "valid", "process-informative", "evidence-covering", "unambiguous")
+NO_ANSWERS = ("", "none of these is it")
+TRIED = 4  # runs that are cut down per rule, spread evenly; a run of hundreds of calls has hundreds of cuts
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """rule: the first that is broken, None when accepted; reason: one line; trajectory: the expert's judged run."""
+
+    accepted: bool
+    rule: str | None
+    reason: str
+    trajectory: Trajectory
+
+
+def accept(task: Task) -> Acceptance:
+    """Run a task for real and say whether it is kept. Costs two expert runs and at most 11 more, shorter or as long."""
+    run = solve(task)
+    for rule, check in zip(RULES, (_verifiable, _valid, _informative, _covering, _unambiguous), strict=True):
+        reason = check(task, run)
+        if reason:
+            return Acceptance(False, rule, reason, run)
+    return Acceptance(True, None, "accepted", run)
+
+
+def turns_of(task: Task, run: Trajectory) -> list[Turn]:
+    """What the model did in a run, turn by turn, without what was observed."""
+    turns = []
+    for message in run.messages[len(task.messages()) :]:
+        if message["role"] != "assistant":
+            continue
+        thought, calls = message.get("reasoning_content", ""), message.get("tool_calls")
+        if calls:
+            turns.append(Turn(thought, Call(calls[0]["function"]["name"], dict(calls[0]["function"]["arguments"]))))
+        else:
+            turns.append(Turn(thought, answer=message["content"]))
+    return turns
+
+
+def play(task: Task, turns: Sequence[Turn]) -> Trajectory:
+    """Take these turns in the real environment, whatever it answers, and judge the run. It ends where the task's user ends it."""
+    state, messages, records = task.reset(), list(task.messages()), []
+    for number, turn in enumerate(turns):
+        if turn.call is None:
+            messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
+            state, observation = task.reply(state, turn.answer)
+            if observation is None:
+                break
+            messages.append(user_message(observation))
+            records.append(said(turn.answer, observation))
+        else:
+            messages.append(call_message(number, turn.thought, turn.call))
+            state, observation = task.step(state, turn.call)
+            messages.append(tool_message(number, turn.call.name, observation))
+            records.append(record(turn.call, observation))
+    return judge(task, Trajectory(task.domain, task.task_id, tuple(messages), task.tools, tuple(records)))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of the indices 0 .. count - 1, evenly, first and last among them."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def _verifiable(task: Task, run: Trajectory) -> str:
+    if solve(task) != run:
+        return "two runs of the expert differ"
+    turns = turns_of(task, run)
+    passed = [text for text in NO_ANSWERS if _passes(task, [*turns[:-1], Turn("", answer=text)])]
+    if passed and (task.tools or len(passed) == len(NO_ANSWERS)):
+        return f"the answer {passed[0]!r} is accepted"
+    return ""
+
+
+def _valid(task: Task, run: Trajectory) -> str:
+    return "" if run.reward == 1.0 else f"the expert's run is refused: {run.records[-1].outcome}"
+
+
+def _informative(task: Task, run: Trajectory) -> str:
+    if not task.tools or task.steps < 2:
+        return ""
+    *turns, answer = turns_of(task, run)
+    if _passes(task, [answer]):
+        return "the answer alone is accepted"
+    calls = [turn for turn in turns if turn.call]
+    for i in spread(len(calls), TRIED):
+        if _passes(task, [calls[i], answer]):
+            return f"one call of {calls[i].call.name} is enough"
+    return ""
+
+
+def _covering(task: Task, run: Trajectory) -> str:
+    if not task.tools or task.steps < 2:
+        return ""
+    missing = [item for item in task.evidence if item not in consulted(run)]
+    if missing:
+        return f"the expert never consulted {missing[0]!r}"
+    return "" if task.evidence else "no evidence is named"
+
+
+def _unambiguous(task: Task, run: Trajectory) -> str:
+    if not task.tools or task.steps < 2:
+        return ""
+    if task.answer and re.search(rf"(?<!\w){re.escape(task.answer)}(?!\w)", task.question):
+        return f"the answer {task.answer[:60]!r} stands in the question"
+    turns = turns_of(task, run)
+    shown = [set(r.state) for r in run.records if r.action is not None]
+    for i in spread(len(task.evidence), TRIED):
+        kept = [turn for k, turn in enumerate(turns) if k >= len(shown) or task.evidence[i] not in shown[k]]
+        if _passes(task, kept):
+            return f"a run without {task.evidence[i]!r} is accepted"
+    return ""
+
+
+def _passes(task: Task, turns: Sequence[Turn]) -> bool:
+    return play(task, turns).reward == 1.0

@@ -1,0 +1,72 @@
+"""Each acceptance rule refuses a task that is bad in just that way, and the real families break none."""
+
+import dataclasses
+
+import pytest
+
+from a1jax.domains import DOMAINS, LongContext, Outcome, Search, solve
+from a1jax.domains.acceptance import RULES, accept, play, spread, turns_of
+from a1jax.domains.base import consulted, final_answer
+from a1jax.domains.search import SearchTask
+
+GOOD = Search().propose(0, 4)
+
+
+class Anything(SearchTask):
+    def verify(self, trajectory):
+        return Outcome(True, 1.0, "accepted")
+
+
+class AnswerOnly(SearchTask):
+    def verify(self, trajectory):
+        right = final_answer(trajectory) == self.answer
+        return Outcome(right, float(right), "answer")
+
+
+class AnyPages(SearchTask):
+    """Wants three pages, whichever they are."""
+
+    def verify(self, trajectory):
+        right = final_answer(trajectory) == self.answer and len(consulted(trajectory)) >= 3
+        return Outcome(right, float(right), "pages")
+
+
+def changed(kind, **fields):
+    return kind(**{**vars(GOOD), **fields})
+
+
+BAD = {
+    "verifiable": changed(Anything),
+    "valid": dataclasses.replace(GOOD, answer="@Nobody"),
+    "process-informative": changed(AnswerOnly),
+    "evidence-covering": changed(AnyPages, evidence=(*GOOD.evidence, "@Unseen")),
+    "unambiguous": changed(AnyPages),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_refuses_the_task_that_breaks_it(rule):
+    found = accept(BAD[rule])
+    assert not found.accepted and found.rule == rule and found.reason
+
+
+def test_the_answer_in_the_question_is_a_shortcut():
+    found = accept(dataclasses.replace(GOOD, question=f"{GOOD.question} ({GOOD.answer})"))
+    assert found.rule == "unambiguous" and "question" in found.reason
+
+
+@pytest.mark.parametrize("steps", (1, 2, 5))
+@pytest.mark.parametrize("domain", [*DOMAINS.values(), LongContext()], ids=lambda d: type(d).__name__)
+def test_the_tasks_of_every_family_are_accepted(domain, steps):
+    found = accept(domain.propose(3, steps))
+    assert found.accepted, f"{found.rule}: {found.reason}"
+
+
+def test_replayed_turns_give_the_same_run():
+    run = solve(GOOD)
+    assert play(GOOD, turns_of(GOOD, run)) == run
+    assert play(GOOD, turns_of(GOOD, run)[1:]) != run
+
+
+def test_spread_keeps_both_ends():
+    assert spread(3, 4) == [0, 1, 2] and spread(10, 4) == [0, 3, 6, 9] and spread(0, 4) == []
