@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from .task_pool import Tasks, rubrics
 
 if TYPE_CHECKING:
     from .grpo import GrpoConfig, Scorer
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +150,8 @@ class Reinforced:
         }
         out = {"tokens": int((placed.batch.segment_ids > 0).sum()), "rollout/left_out": placed.left_out}
         if not placed.batch.mask.any():
+            at, many = int(state.step) + 1, sum(len(groups.kept) for groups in found)
+            log.warning("step %d changes nothing: in none of %d groups were runs worth different rewards; choose other tasks", at, many)
             return None, out
         batch = setting.put(placed.batch)
         data = {

@@ -1,5 +1,6 @@
 """Rewards: values by hand, and what a run's messages come to."""
 
+import dataclasses
 import json
 
 import pytest
@@ -159,6 +160,14 @@ def test_the_search_reward_by_hand():
     assert reward(cut).parts == {"correctness": 0.0, "efficiency": 0.0, "repetition": 0.0, "format": 0.0}
 
 
+def test_outcome_and_rubric_rewards_by_hand():
+    assert rewards.outcome_reward(run(say("x"))) == (1.0, {"correctness": 1.0})
+    assert rewards.outcome_reward(run(say("x"), reward=0.0), format_bonus=0.1) == (0.1, {"correctness": 0.0, "format": 0.1})
+    half = dataclasses.replace(run(say("x"), reward=0.0), metadata={"rubrics": [True, False, True, False]})
+    assert rewards.rubric_reward(half) == (0.25, {"correctness": 0.0, "rubrics": 0.25})
+    assert rewards.rubric_reward(half, coefficient=1.0).total == 0.5
+
+
 def test_right_beats_wrong_below_81_rounds_and_not_from_there():
     """What the module says of its defaults: the worst right run (it repeats itself and is ill-formed) against the best wrong one."""
     best_wrong = rewards.search_reward(run(say("x")), 0.0).total
@@ -175,6 +184,8 @@ def test_right_beats_wrong_below_81_rounds_and_not_from_there():
         (lambda: rewards.search_reward(run(say("x")), 2), "correct is 2"),
         (lambda: rewards.search_reward(run(say("x")), format_bonus=-1), "format_bonus is -1"),
         (lambda: rewards.search_reward(run(say("x")), repeat_price=-1), "price is -1"),
+        (lambda: rewards.outcome_reward(run(say("x")), format_bonus=-1), "format_bonus is -1"),
+        (lambda: rewards.rubric_reward(run(say("x"))), "t: the run has no rubrics"),
         (lambda: rewards.efficiency_penalty(1, -1, 1.0), "free_rounds is -1"),
         (lambda: rewards.repetition_penalty([], -1, 1.0, 1.0), "window is -1"),
         (lambda: rewards.repetition_penalty([], 1, 1.0, float("nan")), "cap is nan"),

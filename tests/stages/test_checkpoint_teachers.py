@@ -47,7 +47,7 @@ def acts(monkeypatch):
         seen["trained"].append(stage)
         return {"name": stage}
 
-    def train_teacher(cfg, params, data, setting, domain):
+    def train_teacher(cfg, params, data, setting, domain, show_tools):
         return train(cfg, params, data, setting, f"teacher_{domain}")
 
     def evaluate(cfg, params, engine, domains, name, path, use="heldout"):

@@ -143,7 +143,7 @@ def test_numbers_stand_where_their_token_is_predicted(guess):
     np.testing.assert_array_equal(groups.per_token(batch, runs, (0, 0), (0, 6), [2.0, 5.0]), [[0, 0, 2, 2, 2, 0, 0, 5, 5, 0, 0, 0]])
 
 
-def test_dropped_groups_are_replaced_by_further_prompts_and_contribute_nothing(source, state):
+def test_dropped_groups_are_replaced_by_further_prompts_and_contribute_nothing(source, state, caplog):
     first = number(Tasks(source(None).tasks.family, CFG.sources, 0, 0).take(0, 1)[0])
     engine = Script(lambda task: [(FAILED, (0, 0))] if number(task) < first + 1 else MIXED)
     made = source(engine)
@@ -158,6 +158,7 @@ def test_dropped_groups_are_replaced_by_further_prompts_and_contribute_nothing(s
     np.testing.assert_allclose(np.sort(gains), [-1 / 3**0.5] * 24 + [3**0.5] * 8, rtol=1e-5)
     nothing = source(Script(lambda task: [(FAILED, (0, 0))]), dataclasses.replace(CFG, refills=2))
     data, out = nothing.next(state)
+    assert "step 1 changes nothing: in none of 6 groups" in caplog.text
     assert data is None and nothing.drawn == 6 and out["grpo/groups"] == 0 and out["grpo/dropped_groups"] == 6
 
 
