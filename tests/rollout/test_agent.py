@@ -34,19 +34,22 @@ def tasks(steps=2):
     return [QUICKSTART[name].propose(seed, steps) for name in NAMES for seed in range(4)]
 
 
-def scripted(engine, texts):
-    """The engine with a model that writes ``texts`` (ids per run) whatever it is fed: the loop itself is what is tested."""
-    runs = iter(texts)
-    at = {"run": None, "position": 0}
+def scripted(engine, *scripts):
+    """The engine with a model that writes what it is told, whatever it is fed: the loop itself is what is tested. scripts: per slot the
+    sequences it is fed one after the other, ids each."""
+    rows = len(scripts)
+    runs, script, position = [iter(s) for s in scripts], [None] * rows, [0] * rows
 
-    def step(params, cache, tokens, reset, active, uniforms):
-        if reset[0]:
-            at["run"], at["position"] = next(runs), 0
-        at["position"] += int(active[0])
-        following = at["run"][min(at["position"], len(at["run"]) - 1)]
-        return np.full(len(tokens), following, np.int32), np.full(len(tokens), -0.5, np.float32), cache
+    def advance(params, slots, tokens, reset, active, uniforms):
+        for row in range(rows):
+            if reset[row]:
+                script[row], position[row] = next(runs[row]), 0
+            position[row] += int(active[row])
+        ids = [s[min(p, len(s) - 1)] if s is not None else 0 for s, p in zip(script, position, strict=True)]
+        return np.array([*ids, *[0] * (len(tokens) - rows)], np.int32), np.full(len(tokens), -0.5, np.float32), slots
 
-    engine.step = step
+    engine.advance = advance
+    engine.limits = dataclasses.replace(engine.limits, feed_tokens=0)
     return engine
 
 
