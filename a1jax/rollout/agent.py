@@ -42,7 +42,7 @@ class Limits:
     final_request: str = ""  # at max_turns the last turn is taken back and the user says this: an answer is asked for. "": TRUNCATED
     temperature: float = 1.0  # 0 is greedy
     retries: int = 1  # times an ABORTED run is begun anew
-    feed_tokens: int = 16  # known tokens (prompts, observations) fed to a slot in one call; 0: one, as those that are sampled
+    feed_tokens: int = 16  # known tokens (prompts, observations) fed to a slot in one call where there are as many; below 2: never
     workers: int = 4  # threads on which blocking tasks act while the others decode
     show_tools: bool = False  # put the tool schemas into the system turn; tiny models know their tools from training
     record_routes: bool = False  # keep the experts every token took (Rollout.routes): 2 bytes x layers x active experts per token
@@ -66,6 +66,7 @@ class Engine:
         self.cfg, self.tokenizer, self.limits = cfg, tokenizer, limits
         self.advance = sampler.make_advance(cfg, limits.temperature, limits.record_routes)
         self.feed = sampler.make_feed(cfg, limits.temperature, limits.record_routes)
+        self.numbers = sampler.run_uniforms
         self.stops = np.zeros(max(tokenizer.vocab_size, cfg.vocab_size), bool)
         self.stops[[tokenizer.eos_id, *(_stop_id(tokenizer, text) for text in limits.stop)]] = True
         self.encoded = functools.lru_cache(maxsize=8192)(self._encode)
@@ -170,7 +171,7 @@ class _Session:
         task, room = self.tasks[index], self.limits.max_length
         run = self.runs[slot] = turns.Run(index, attempt, task, None, list(task.messages()), [])
         prompt = self.engine.prompt(task, run.messages)
-        self.slots.uniforms[slot] = sampler.run_uniforms(self.seed, index, attempt, room)
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, index, attempt, room)
         self.slots.put(slot, 0, prompt[:room], self._budget(0), anew=True)
         if len(prompt) >= room:  # no room for a single answer token
             return self._finish(slot, run.ended(TRUNCATED))
@@ -240,7 +241,7 @@ class _Session:
         if asked.end + len(more) >= room:
             return self._finish(slot, run.ended(TRUNCATED))
         self.runs[slot] = asked
-        self.slots.uniforms[slot] = sampler.run_uniforms(self.seed, run.index, run.attempt, 2 * room)[room:]
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, run.index, run.attempt, 2 * room)[room:]
         written = int(self.slots.sampled[slot, : asked.end].sum())
         self.sampled_tokens += int(self.slots.sampled[slot, asked.end :].sum())
         self.slots.put(slot, asked.end, more, self._budget(written), anew=True)  # a recurrent state cannot be rolled back

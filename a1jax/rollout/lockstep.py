@@ -2,7 +2,8 @@
 
 The host is one call behind the device: while that works on a step, what the step before sampled is read and acted on. A slot that
 ended its turn in the step before has by then been fed the turn's end, which is right where the run goes on; what it sampled after
-that is dropped. Known tokens go in pieces of ``feed_tokens``, cut at places that depend on the run alone.
+that is dropped. Known tokens go in whole pieces of ``feed_tokens``, cut at places that depend on the run
+alone, and the rest of them one by one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Lockstep:
         b, s = limits.slots, limits.max_length  # one shape, one compilation, whatever the number of tasks
         self.params, self.advance, self.feed, self.stops = params, advance, feed, stops
         self.device = sampler.open_slots(cfg, b, s)
-        self.length, self.feed_tokens = s, limits.feed_tokens
+        self.length, self.feed_tokens = s, limits.feed_tokens if limits.feed_tokens > 1 else 0
         self.tokens = np.zeros((b, s), np.int32)
         self.sampled = np.zeros((b, s), np.float32)
         self.logp = np.zeros((b, s), np.float32)
@@ -57,7 +58,7 @@ class Lockstep:
         self.life = np.zeros(b, np.int64)  # counts the sequences fed to a slot
         self.slots = np.arange(b)
         self.feeders, self.next_feeder = max(1, b // 8), 0
-        self.calls = self.feeds = self.used = self.room = 0
+        self.waited = self.calls = self.feeds = self.used = self.room = 0
 
     def put(self, slot: int, at: int, ids: Sequence[int] | np.ndarray, turn_tokens: int, anew: bool):
         """Known tokens at place ``at``, nothing behind them; then the model may write ``turn_tokens``. anew: feed all from the start."""
@@ -79,14 +80,19 @@ class Lockstep:
         self.decoding[slot] = False
 
     def dispatch(self) -> Flight | None:
-        """Start a call on the device: known tokens for a few slots once enough of them have many, else one token for all others."""
+        """Start a call on the device: one token for every slot, but that slots with a whole piece of known tokens wait until enough of
+        them do, or have waited for as many slot steps as such a call costs; then a piece for each of those."""
         ready = self.decoding & (self.known < self.limit)
-        many = ready & (self.known - self.fed > 1) & (self.fed >= self.segment)
-        if self.feed_tokens and many.any():
-            few = ready & ~many
-            if many.sum() >= self.feeders or not few.any():
-                return self._feed(np.flatnonzero(many))
-            return self._advance(few)
+        if self.feed_tokens:
+            many = ready & (self.known - self.fed >= self.feed_tokens) & (self.fed >= self.segment)
+            waiting = np.flatnonzero(many)
+            if len(waiting):
+                few = ready & ~many
+                self.waited += len(waiting)
+                if len(waiting) >= self.feeders or self.waited >= len(self.slots) or not few.any():
+                    self.waited = 0
+                    return self._feed(waiting)
+                return self._advance(few)
         return self._advance(ready) if ready.any() else None
 
     def _advance(self, active: np.ndarray) -> Flight:
