@@ -13,18 +13,6 @@ from a1jax.types import FINISHED, TRUNCATED
 TASKS = {name: family.propose(1, 1) for name, family in DOMAINS.items()}
 TOOLS = sorted({tool["function"]["name"] for task in TASKS.values() for tool in task.tools})
 PIECES = [*"<think> </think> <tool_call> </tool_call> <|im_end|> @Belado".split(), "\n", '{"name": "', '", "arguments": {', "}", '"a": 1']
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|im_end|>",
-    "\n",
-    '{"name": "',
-    '", "arguments": {',
-    "}",
-    '"a": 1',
-    "@Belado",
-]
 
 
 def begun(task, forced=False):
