@@ -167,7 +167,7 @@ def test_an_aborted_run_begins_anew_and_its_group_keeps_its_samples(talk):
 
 
 PROGRAMS = {
-    "    while True: pass\n": "stopped: it computed too long",
+    "    while True: pass\n": "too long",
     "    import os\n    while True: os.fork()\n": "PermissionError",
     "    x = [0]\n    while True: x = x + x\n": "MemoryError",
     "    open('/tmp/a1jax-outside', 'w').write('x')\n    return t\n": "FileNotFoundError",
