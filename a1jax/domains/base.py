@@ -73,6 +73,7 @@ class Task:
     chain: tuple[tuple[str, str], ...]
 
     tools = ()
+    blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
 
     def messages(self) -> tuple[dict[str, Any], ...]:
         return ({"role": "user", "content": self.question},)

@@ -40,6 +40,7 @@ class EngineeringTask(Task):
     limits: sandbox.Limits = sandbox.Limits()
 
     tools = TOOLS
+    blocking = True
 
     def reset(self) -> Tree:
         return Tree(self.steps)

@@ -1,27 +1,30 @@
-"""The loop around the model: turns, tools, budgets, statuses; many environments in lockstep over one jitted decode step.
+"""The loop around the model: turns, tools, budgets, statuses; many environments in lockstep over two jitted programs.
 
 Sampled ids are kept as sampled and never re-encoded; observations are rendered and appended; nothing is generated after a run
-was cut. A run that the system interrupts (its environment raised) is ABORTED and begun anew, alone.
+was cut. A run that the system interrupts (its environment raised) is ABORTED and begun anew, alone. What a run samples is fixed by
+(seed, its place in the list, attempt): neither its slot, nor its neighbours, nor how long a tool took changes it, but for the rounding
+of the sums that other rows of a batch may bring.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..config import ConfigError
 from ..data import chat
 from ..data.tokenizer import Tokenizer
-from ..domains.base import Call, Observation, Task, judge, record, said, tool_message, user_message
-from ..models import decode
+from ..domains.base import Task
 from ..models.config import ModelConfig
-from ..types import ABORTED, TRUNCATED, Params, Record, Rollout, Trajectory
-from . import sampler
+from ..types import ABORTED, TRUNCATED, Params, Rollout, Trajectory
+from . import lockstep, sampler, turns
 
 log = logging.getLogger(__name__)
 
@@ -33,208 +36,238 @@ class Limits:
     slots: int = 64  # environments decoded in lockstep; memory of the cache grows with it
     max_turns: int = 32  # model turns in one run
     max_turn_tokens: int = 48  # tokens the model may write in one turn
+    max_response: int = 0  # tokens the model may write in one run, all turns together; 0: no limit but the others
     max_length: int = 512  # tokens of the whole run: prompt, turns and observations
+    stop: tuple[str, ...] = ()  # further tokens that end a turn; control tokens are no part of its text
+    final_request: str = ""  # at max_turns the last turn is taken back and the user says this: an answer is asked for. "": TRUNCATED
     temperature: float = 1.0  # 0 is greedy
     retries: int = 1  # times an ABORTED run is begun anew
+    feed_tokens: int = 16  # known tokens (prompts, observations) fed to a slot in one call where there are as many; below 2: never
+    workers: int = 4  # threads on which blocking tasks act while the others decode
     show_tools: bool = False  # put the tool schemas into the system turn; tiny models know their tools from training
     record_routes: bool = False  # keep the experts every token took (Rollout.routes): 2 bytes x layers x active experts per token
 
     def __post_init__(self):
-        for name in ("slots", "max_turns", "max_turn_tokens", "max_length"):
+        for name in ("slots", "max_turns", "max_turn_tokens", "max_length", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Limits.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0 or self.retries < 0:
-            raise ConfigError("Limits.temperature and Limits.retries must not be negative")
-
-
-@dataclasses.dataclass
-class _Run:
-    """Host side of one slot: the run in progress."""
-
-    index: int
-    attempt: int
-    task: Task
-    state: Any
-    messages: list[dict]
-    records: list[Record]
-    turns: int = 0
+        for name in ("max_response", "temperature", "retries", "feed_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"Limits.{name} is {getattr(self, name)}; it must not be negative")
 
 
 class Engine:
-    """Runs tasks with a model. Compiled once per (model, limits); parameters are an argument of ``run``."""
+    """Runs tasks with a model. Compiled once per (model, limits); parameters are an argument of ``run``.
+
+    Raises ConfigError for a stop token that is not one id of the tokenizer.
+    """
 
     def __init__(self, cfg: ModelConfig, tokenizer: Tokenizer, limits: Limits):
         self.cfg, self.tokenizer, self.limits = cfg, tokenizer, limits
-        self.step = sampler.make_step(cfg, limits.temperature, limits.record_routes)
-        self.prompts: dict[str, np.ndarray] = {}
+        self.advance = sampler.make_advance(cfg, limits.temperature, limits.record_routes)
+        self.feed = sampler.make_feed(cfg, limits.temperature, limits.record_routes)
+        self.numbers = sampler.run_uniforms
+        self.stops = np.zeros(max(tokenizer.vocab_size, cfg.vocab_size), bool)
+        self.stops[[tokenizer.eos_id, *(_stop_id(tokenizer, text) for text in limits.stop)]] = True
+        self.encoded = functools.lru_cache(maxsize=8192)(self._encode)
 
     def run(
         self, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None = None
     ) -> tuple[list[Rollout], dict]:
-        """One run per task, in the order of the tasks, and counts: decode steps, slot steps used, aborted, tool errors.
+        """One run per task, in the order of the tasks, and counts.
 
         Same params, tasks, seed and limits: same rollouts. ABORTED runs are retried ``limits.retries`` times, then returned as such.
+        Counts: decode_steps (calls of the model, feed_steps of them with known tokens only), slot_steps (tokens of runs that were fed),
+        idle_share (of the tokens those calls had room for, what was not fed), sampled_tokens (also of runs that were not returned),
+        engine_seconds, tool_seconds (waiting for tools with nothing to decode), tokens_per_second (sampled ones), aborted, tool_errors.
         """
         return _Session(self, params, tasks, seed, on_done).run()
 
-    def prompt(self, task: Task) -> np.ndarray:
+    def prompt(self, task: Task, messages: Sequence[dict]) -> np.ndarray:
         tools = task.tools if self.limits.show_tools else ()
-        return chat.tokenize(self.tokenizer, list(task.messages()), tools=tools, add_generation_prompt=True)[0]
+        return chat.tokenize(self.tokenizer, list(messages), tools=tools, add_generation_prompt=True)[0]
+
+    def following(self, run: turns.Run) -> Sequence[int]:
+        """Ids of what follows the model's last turn, whose last id was the turn's end. The built-in format needs the messages after
+        that turn only, a template the whole run."""
+        if self.tokenizer.chat_template is None:
+            return self.encoded(tuple((m["role"], m["content"]) for m in run.messages[run.start :]))
+        tools = run.task.tools if self.limits.show_tools else ()
+        return chat.continuation(self.tokenizer, run.messages, run.start, tools=tools)
+
+    def _encode(self, messages: tuple[tuple[str, str], ...]) -> Sequence[int]:
+        after = [{"role": role, "content": content} for role, content in messages]
+        return chat.continuation(self.tokenizer, [{"role": "assistant", "content": ""}, *after], 1)
+
+    def text(self, ids: np.ndarray) -> str:
+        """What a turn says, without the token that ended it where that is the turn's end or no text."""
+        last = int(ids[-1])
+        closed = last == self.tokenizer.eos_id or self.tokenizer.table[last] is None
+        return self.tokenizer.decode((ids[:-1] if closed else ids).tolist())
+
+
+def _stop_id(tokenizer: Tokenizer, text: str) -> int:
+    ids = [tokenizer.pieces[text]] if text in tokenizer.pieces else tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ConfigError(f"Limits.stop has {text!r}, which is {len(ids)} ids of tokenizer {tokenizer.path}: name one token")
+    return ids[0]
 
 
 class _Session:
-    def __init__(self, engine: Engine, params: Params, tasks: Sequence[Task], seed: int, on_done):
-        self.engine, self.tasks, self.seed, self.on_done = engine, tasks, seed, on_done
-        self.params = sampler.make_unstack(engine.cfg)(params)
-        self.limits, self.tokenizer = engine.limits, engine.tokenizer
-        b, s = self.limits.slots, self.limits.max_length  # one shape, one compilation, whatever the number of tasks
+    """One ``Engine.run``: which run sits in which slot, and what becomes of it."""
+
+    def __init__(self, engine: Engine, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None):
+        self.engine, self.tasks, self.seed, self.on_done, self.limits = engine, tasks, seed, on_done, engine.limits
+        params = sampler.make_unstack(engine.cfg)(params)
+        self.slots = lockstep.Lockstep(engine.cfg, params, engine.limits, engine.advance, engine.feed, engine.stops)
         self.waiting = deque((i, 0) for i in range(len(tasks)))
-        self.runs: list[_Run | None] = [None] * b
-        self.tokens = np.zeros((b, s), np.int32)
-        self.sampled = np.zeros((b, s), np.float32)
-        self.logp = np.zeros((b, s), np.float32)
-        self.uniforms = np.zeros((b, s), np.float32)
-        layers, active = engine.cfg.num_layers, engine.cfg.num_experts_active
-        self.routes = np.full((b, s, layers, active), -1, np.int16) if self.limits.record_routes else None
-        self.known = np.zeros(b, np.int64)  # tokens of the run that are fixed
-        self.fed = np.zeros(b, np.int64)  # tokens the model has seen
-        self.turn_start = np.zeros(b, np.int64)
-        self.reset = np.zeros(b, bool)
+        self.runs: list[turns.Run | None] = [None] * engine.limits.slots
+        self.empty = list(range(engine.limits.slots))[::-1]
+        self.acting: dict[int, concurrent.futures.Future] = {}
         self.done: list[Rollout | None] = [None] * len(tasks)
-        self.counts = {"decode_steps": 0, "slot_steps": 0, "aborted": 0, "tool_errors": 0}
+        self.sampled_tokens = self.aborted = self.tool_errors = 0
+        self.tool_seconds = 0.0
 
     def run(self) -> tuple[list[Rollout], dict]:
-        cache = decode.init_cache(self.engine.cfg, len(self.runs), self.limits.max_length)
-        slots = np.arange(len(self.runs))
-        for slot in slots:
-            self._fill(slot)
-        while any(run is not None for run in self.runs):
-            active = np.array([run is not None for run in self.runs])
-            at = np.minimum(self.fed, self.limits.max_length - 1)
-            ids, logp, cache, *routes = self.engine.step(
-                self.params, cache, self.tokens[slots, at], self.reset.copy(), active, self.uniforms[slots, at]
-            )
-            ids, logp = np.asarray(ids), np.asarray(logp)
-            if self.routes is not None:
-                self.routes[slots[active], at[active]] = np.asarray(routes[0])[active]
-            self.reset[:] = False
-            self.fed += active
-            self.counts["decode_steps"] += 1
-            self.counts["slot_steps"] += int(active.sum())
-            writes = slots[active & (self.fed == self.known)]
-            where = self.known[writes]
-            self.tokens[writes, where], self.logp[writes, where], self.sampled[writes, where] = ids[writes], logp[writes], 1.0
-            self.known[writes] += 1
-            ended = self.tokens[writes, where] == self.tokenizer.eos_id
-            long = self.known[writes] - self.turn_start[writes] >= self.limits.max_turn_tokens
-            full = self.known[writes] >= self.limits.max_length
-            for slot in writes[ended | long | full]:
-                self._turn_over(int(slot))
-        return self.done, self.counts
+        began, slots = time.perf_counter(), self.slots
+        self.pool = concurrent.futures.ThreadPoolExecutor(self.limits.workers, "environment")  # its threads start when there is work
+        try:
+            self._refill()
+            flight = None
+            while flight is not None or self.acting or slots.decoding.any():
+                following = slots.dispatch()
+                if flight is not None:
+                    for slot in slots.collect(flight):
+                        self._turn_over(slot)
+                if self.acting:
+                    self._acted(wait=flight is None and following is None)
+                self._refill()
+                flight = following
+        finally:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+        return self.done, self._counts(time.perf_counter() - began)
 
-    def _fill(self, slot: int):
-        """Put the next waiting task into a slot, or leave it empty."""
-        self.runs[slot] = None
-        while self.waiting:
-            index, attempt = self.waiting.popleft()
-            task = self.tasks[index]
-            prompt = self.engine.prompt(task)
-            s = self.limits.max_length
-            self.sampled[slot], self.logp[slot] = 0.0, 0.0
-            if self.routes is not None:
-                self.routes[slot] = -1
-            self.runs[slot] = _Run(index, attempt, task, task.reset(), list(task.messages()), [])
-            if len(prompt) >= s:  # no room for a single answer token
-                self.tokens[slot, :] = prompt[:s]
-                self.known[slot] = s
-                self._finish(slot, TRUNCATED, refill=False)
-                self.runs[slot] = None
-                continue
-            self.tokens[slot, : len(prompt)] = prompt
-            self.uniforms[slot] = sampler.run_uniforms(self.seed, index, attempt, s)
-            self.known[slot], self.fed[slot], self.turn_start[slot], self.reset[slot] = len(prompt), 0, len(prompt), True
-            return
+    def _counts(self, seconds: float) -> dict:
+        slots = self.slots
+        return {
+            "decode_steps": slots.calls,
+            "feed_steps": slots.feeds,
+            "slot_steps": slots.used,
+            "idle_share": 1.0 - slots.used / max(1, slots.room),
+            "sampled_tokens": self.sampled_tokens,
+            "tokens_per_second": self.sampled_tokens / seconds,
+            "engine_seconds": seconds,
+            "tool_seconds": self.tool_seconds,
+            "aborted": self.aborted,
+            "tool_errors": self.tool_errors,
+        }
+
+    def _refill(self):
+        """Waiting tasks into empty slots."""
+        while self.waiting and self.empty:
+            self._begin(self.empty.pop(), *self.waiting.popleft())
+
+    def _begin(self, slot: int, index: int, attempt: int):
+        task, room = self.tasks[index], self.limits.max_length
+        run = self.runs[slot] = turns.Run(index, attempt, task, None, list(task.messages()), [])
+        prompt = self.engine.prompt(task, run.messages)
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, index, attempt, room)
+        self.slots.put(slot, 0, prompt[:room], self._budget(0), anew=True)
+        if len(prompt) >= room:  # no room for a single answer token
+            return self._finish(slot, run.ended(TRUNCATED))
+        try:
+            run.state = task.reset()
+        except Exception as error:
+            self._abort(slot, error)
+
+    def _budget(self, written: int) -> int:
+        """Tokens the next turn of a run may have that wrote so many."""
+        most = self.limits.max_response
+        return min(self.limits.max_turn_tokens, most - written) if most else self.limits.max_turn_tokens
 
     def _turn_over(self, slot: int):
-        """The model ended its turn, or a budget ended it: act, answer, or cut the run."""
-        run = self.runs[slot]
-        run.turns += 1
-        end = int(self.known[slot])
-        if self.tokens[slot, end - 1] != self.tokenizer.eos_id:
-            return self._finish(slot, TRUNCATED)
-        text = self.tokenizer.decode(self.tokens[slot, self.turn_start[slot] : end - 1].tolist())
-        start = len(run.messages) + 1
+        """The model ended its turn, or a budget ended it: act, or cut the run."""
+        run, end = self.runs[slot], int(self.slots.known[slot])
+        run.begin_turn(end)
+        turn = self.slots.tokens[slot, self.slots.turn_start[slot] : end]
+        if not self.engine.stops[turn[-1]]:
+            return self._finish(slot, run.ended(TRUNCATED))
+        text = self.engine.text(turn)
+        if run.task.blocking:
+            self.acting[slot] = self.pool.submit(turns.act, run, text)
+        else:
+            self._go_on(slot, functools.partial(turns.act, run, text))
+
+    def _acted(self, wait: bool):
+        """Go on with the runs whose environments have answered; wait for one when there is nothing else to do."""
+        if wait:
+            began = time.perf_counter()
+            concurrent.futures.wait(self.acting.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+            self.tool_seconds += time.perf_counter() - began
+        for slot in [slot for slot, future in self.acting.items() if future.done()]:
+            self._go_on(slot, self.acting.pop(slot).result)
+
+    def _go_on(self, slot: int, acted: Callable[[], tuple[Trajectory | None, int]]):
+        """After a turn: end the run, ask for its answer, or append what came back and let the model write."""
+        run, limits = self.runs[slot], self.limits
         try:
-            over = self._act(run, text)
+            verdict, wrong = acted()
         except Exception as error:  # the environment broke, not the model: nothing of this run can be trusted
-            log.warning("%s: environment raised %s: %s; run aborted", run.task.task_id, type(error).__name__, error)
-            self.counts["aborted"] += 1
-            return self._abort(slot)
-        if over:
-            return self._finish(slot, None)
-        if run.turns >= self.limits.max_turns:
-            return self._finish(slot, TRUNCATED)
-        more = self._continuation(run, start)
-        if end + len(more) >= self.limits.max_length:
-            return self._finish(slot, TRUNCATED)
-        self.tokens[slot, end : end + len(more)] = more
-        self.known[slot] = self.turn_start[slot] = end + len(more)
+            return self._abort(slot, error)
+        self.tool_errors += wrong
+        if verdict is not None:
+            return self._finish(slot, verdict)
+        if run.turns >= limits.max_turns:
+            return self._ask(slot)
+        written = int(self.slots.sampled[slot, : run.end].sum())
+        more, budget = self._after(slot, run), self._budget(written)
+        if budget < 1 or run.end + len(more) >= limits.max_length:
+            return self._finish(slot, run.ended(TRUNCATED))
+        self.slots.put(slot, run.end, more, budget, anew=False)
 
-    def _continuation(self, run: _Run, start: int) -> list[int]:
-        """Ids of what follows the turn ``messages[start - 1]``. The built-in format needs that turn only, a template the whole run."""
-        if self.tokenizer.chat_template is None:
-            return chat.continuation(self.tokenizer, run.messages[start - 1 :], 1)
-        tools = run.task.tools if self.limits.show_tools else ()
-        return chat.continuation(self.tokenizer, run.messages, start, tools=tools)
+    def _after(self, slot: int, run: turns.Run) -> Sequence[int]:
+        """What the run's last turn is followed by; a turn that another token ended is closed first."""
+        closed = self.slots.tokens[slot, run.end - 1] == self.engine.tokenizer.eos_id
+        more = self.engine.following(run)
+        return more if closed else [self.engine.tokenizer.eos_id, *more]
 
-    def _act(self, run: _Run, text: str) -> bool:
-        """Read the turn strictly, run its calls; True when it was the final answer."""
-        number = run.turns - 1
-        try:
-            message = chat.parse_turn(text)
-        except chat.ToolCallError as error:
-            self.counts["tool_errors"] += 1
-            run.messages.append({"role": "assistant", "content": text})
-            run.messages.append(tool_message(number, "parser", Observation(f"error: {error}", error=True)))
-            return False
-        if not message.get("tool_calls"):
-            run.messages.append(message)
-            run.state, observation = run.task.reply(run.state, message["content"])
-            if observation is None:
-                return True
-            run.messages.append(user_message(observation))
-            run.records.append(said(message["content"], observation))
-            return False
-        calls = [Call(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]]
-        ids = [f"call_{number}" if i == 0 else f"call_{number}_{i}" for i in range(len(calls))]
-        named = [{**c, "id": name} for c, name in zip(message["tool_calls"], ids, strict=True)]
-        run.messages.append({**message, "tool_calls": named})
-        for name, call in zip(ids, calls, strict=True):
-            run.state, observation = run.task.step(run.state, call)
-            self.counts["tool_errors"] += int(observation.error)
-            run.messages.append({**tool_message(number, call.name, observation), "tool_call_id": name})
-            run.records.append(record(call, observation))
-        return False
+    def _ask(self, slot: int):
+        """At the turn limit: take the last turn back and ask for the answer, where that is the protocol and there is room."""
+        run, room = self.runs[slot], self.limits.max_length
+        if not self.limits.final_request:
+            return self._finish(slot, run.ended(TRUNCATED))
+        asked = run.taken_back(self.limits.final_request)
+        more = self._after(slot, asked) if asked.end else self.engine.prompt(asked.task, asked.messages)
+        if asked.end + len(more) >= room:
+            return self._finish(slot, run.ended(TRUNCATED))
+        self.runs[slot] = asked
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, run.index, run.attempt, 2 * room)[room:]
+        written = int(self.slots.sampled[slot, : asked.end].sum())
+        self.sampled_tokens += int(self.slots.sampled[slot, asked.end :].sum())
+        self.slots.put(slot, asked.end, more, self._budget(written), anew=True)  # a recurrent state cannot be rolled back
 
-    def _abort(self, slot: int):
+    def _abort(self, slot: int, error: Exception):
         run = self.runs[slot]
-        if run.attempt < self.limits.retries:
-            self.waiting.append((run.index, run.attempt + 1))
-            return self._fill(slot)
-        return self._finish(slot, ABORTED)
+        log.warning("%s: environment raised %s: %s; run aborted", run.task.task_id, type(error).__name__, error)
+        self.aborted += 1
+        if run.attempt >= self.limits.retries:
+            return self._finish(slot, run.ended(ABORTED))
+        self.waiting.append((run.index, run.attempt + 1))
+        self._leave(slot)
 
-    def _finish(self, slot: int, status: str | None, refill: bool = True):
-        """Store the run. status None: it ended by itself and the verifier decides between FINISHED and FAILED."""
-        run, end = self.runs[slot], int(self.known[slot])
-        task = run.task
-        trajectory = Trajectory(task.domain, task.task_id, tuple(run.messages), task.tools, tuple(run.records), 0.0, status)
-        if status is None:
-            trajectory = judge(task, trajectory)
-        arrays = (self.tokens[slot, :end].copy(), self.sampled[slot, :end].copy(), self.logp[slot, :end].copy())
+    def _finish(self, slot: int, trajectory: Trajectory):
+        """Store the run."""
+        run, task, slots = self.runs[slot], self.runs[slot].task, self.slots
+        end = int(slots.known[slot])
+        arrays = (slots.tokens[slot, :end].copy(), slots.sampled[slot, :end].copy(), slots.logp[slot, :end].copy())
+        routes = None if slots.routes is None else slots.routes[slot, :end].copy()
         result = (trajectory.status, trajectory.reward, run.turns, trajectory)
-        routes = None if self.routes is None else self.routes[slot, :end].copy()
         self.done[run.index] = Rollout(task.task_id, task.domain, *arrays, *result, routes)
         if self.on_done:
             self.on_done(1)
-        if refill:
-            self._fill(slot)
+        self._leave(slot)
+
+    def _leave(self, slot: int):
+        self.sampled_tokens += int(self.slots.sampled[slot].sum())
+        self.slots.close(slot)
+        self.empty.append(slot)

@@ -1,6 +1,6 @@
-"""One jitted decode step for many environments in lockstep: feed a token to every slot, sample the next.
+"""Two jitted programs for many environments in lockstep: feed a token to every slot, or up to C known tokens to a few; sample the next.
 
-The host decides what is fed (a prompt, an observation, or what was just sampled); the device only ever sees one shape.
+The host decides what is fed (a prompt, an observation, or what was just sampled); the device only ever sees these two shapes.
 """
 
 from __future__ import annotations
@@ -73,6 +73,48 @@ def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
         return ids, logp, cache, *routes
 
     return jax.jit(step, donate_argnums=(1,))
+
+
+LAST = -1  # as a token: feed what the slot sampled last, which the host has not seen yet
+
+
+@functools.lru_cache(maxsize=16)
+def make_advance(cfg: ModelConfig, temperature: float, record: bool = False):
+    """make_step for a host that is one step behind: advance(params, slots, tokens [B], reset, active, uniforms) -> (ids, logp, slots).
+
+    slots: (cache, the id each slot sampled last [B]), donated; see ``open_slots``. A token LAST is that id.
+    """
+    step = make_step(cfg, temperature, record)
+
+    def advance(params: Params, slots: tuple[Any, jax.Array], tokens, reset, active, uniforms):
+        cache, last = slots
+        ids, logp, cache, *routes = step(params, cache, jnp.where(tokens == LAST, last, tokens), reset, active, uniforms)
+        return ids, logp, (cache, jnp.where(active, ids, last)), *routes
+
+    return jax.jit(advance, donate_argnums=(1,))
+
+
+@functools.lru_cache(maxsize=16)
+def make_feed(cfg: ModelConfig, temperature: float, record: bool = False):
+    """feed(params, slots, rows [R], tokens [R, C], lengths [R], reset [R], uniforms [R]) -> (ids [R], logp [R], slots, ...).
+
+    Feeds the first lengths[r] of tokens[r] to slot rows[r], which go in no order but once each (a row out of range is nobody), and
+    samples what follows them. slots as in ``make_advance``; record: also the experts taken, int16 [R, C, L, A].
+    """
+
+    def feed(params: Params, slots: tuple[Any, jax.Array], rows, tokens, lengths, reset, uniforms):
+        cache = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), slots[0])
+        hidden, cache, *routes = decode.prefill(params, cache, tokens, lengths, cfg, reset, record)
+        ids, logp = sample(transformer.head(params, decode.last(hidden, lengths), cfg), uniforms, temperature)
+        slots = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), slots, (cache, ids))
+        return ids, logp, slots, *routes
+
+    return jax.jit(feed, donate_argnums=(1,))
+
+
+def open_slots(cfg: ModelConfig, slots: int, max_length: int) -> tuple[Any, jax.Array]:
+    """(empty cache, ids sampled last [B])."""
+    return decode.init_cache(cfg, slots, max_length), jnp.zeros(slots, jnp.int32)
 
 
 @functools.lru_cache(maxsize=16)

@@ -38,24 +38,8 @@ def tasks(steps=2):
     return [QUICKSTART[name].propose(seed, steps) for name in NAMES for seed in range(4)]
 
 
-def scripted(engine, texts):
-    """The engine with a model that writes ``texts`` (ids per run) whatever it is fed: the loop itself is what is tested."""
-    runs = iter(texts)
-    at = {"run": None, "position": 0}
-
-    def step(params, cache, tokens, reset, active, uniforms):
-        if reset[0]:
-            at["run"], at["position"] = next(runs), 0
-        at["position"] += int(active[0])
-        following = at["run"][min(at["position"], len(at["run"]) - 1)]
-        return np.full(len(tokens), following, np.int32), np.full(len(tokens), -0.5, np.float32), cache
-
-    engine.step = step
-    return engine
-
-
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_experts_tokens_through_the_loop_are_the_experts_run(tokenizer, model, steps):
+def test_an_experts_tokens_through_the_loop_are_the_experts_run(tokenizer, model, steps, scripted):
     engine = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=256))
     todo = tasks(steps)
     wanted = [chat.tokenize(tokenizer, list(solve(t).messages)) for t in todo]
@@ -157,7 +141,7 @@ def test_recorded_routes_are_those_of_the_training_forward(tokenizer, model):
     assert any(len(one.tokens) > len(other.tokens) for one, other in itertools.pairwise(done))
 
 
-def test_a_turn_that_never_ends_is_cut_and_kept(tokenizer, model):
+def test_a_turn_that_never_ends_is_cut_and_kept(tokenizer, model, scripted):
     engine = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_turn_tokens=5))
     word = tokenizer.encode("find")[0]
     done, _ = scripted(engine, [[word] * 400]).run(None, tasks()[:1], seed=0)
@@ -165,7 +149,7 @@ def test_a_turn_that_never_ends_is_cut_and_kept(tokenizer, model):
     assert done[0].sampled[-5:].all()  # nothing was generated or appended after the cut
 
 
-def test_the_run_stops_at_the_context_and_at_the_turn_budget(tokenizer, model):
+def test_the_run_stops_at_the_context_and_at_the_turn_budget(tokenizer, model, scripted):
     task = tasks(4)[0]
     tokens, mask = chat.tokenize(tokenizer, list(solve(task).messages))
     short = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=60))
@@ -182,7 +166,7 @@ def test_a_prompt_without_room_for_an_answer_is_truncated_at_once(tokenizer, mod
     assert [d.status for d in done] == [TRUNCATED] * 8 and counts["decode_steps"] == 0
 
 
-def test_a_broken_call_is_answered_with_its_error_and_the_run_goes_on(tokenizer, model):
+def test_a_broken_call_is_answered_with_its_error_and_the_run_goes_on(tokenizer, model, scripted):
     task = tasks(1)[0]
     expert, _ = chat.tokenize(tokenizer, list(solve(task).messages))
     prompt = chat.tokenize(tokenizer, list(task.messages()), add_generation_prompt=True)[0]
@@ -214,7 +198,7 @@ class Breaking:
 
 
 @pytest.mark.parametrize(("times", "status", "aborted"), [(1, FINISHED, 1), (5, ABORTED, 2)])
-def test_a_broken_environment_aborts_its_run_alone_and_retries(tokenizer, model, times, status, aborted):
+def test_a_broken_environment_aborts_its_run_alone_and_retries(tokenizer, model, times, status, aborted, scripted):
     first, second = tasks(1)[:2]
     wanted = [chat.tokenize(tokenizer, list(solve(t).messages))[0] for t in (first, second)]
     engine = scripted(Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1)), [wanted[0], wanted[1], wanted[0]])
