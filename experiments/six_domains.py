@@ -123,7 +123,7 @@ def teachers(limits: Limits) -> dict:
         samples=8,
         rows=48,
         max_length=512,
-        optimizer=bind(optim.muon, learning_rate=0.001, table_learning_rate=0.001, final=1.0),
+        optimizer=bind(optim.muon, learning_rate=0.003, table_learning_rate=0.003, final=0.1),
         objective=Objective(),
         limits=dataclasses.replace(limits, slots=96, temperature=1.0),
     )
