@@ -106,6 +106,17 @@ class Engine:
         return self.tokenizer.decode((ids[:-1] if closed else ids).tolist())
 
 
+def together(counts: Sequence[dict]) -> dict:
+    """The counts of several ``Engine.run`` one after the other, as of one: sums, and the shares and rates that follow from them."""
+    total = {name: sum(c[name] for c in counts) for name in counts[0]}
+    room = sum(c["slot_steps"] / (1.0 - c["idle_share"]) for c in counts if c["slot_steps"])
+    rates = {
+        "idle_share": 1.0 - total["slot_steps"] / max(1.0, room),
+        "tokens_per_second": total["sampled_tokens"] / total["engine_seconds"],
+    }
+    return {**total, **rates}
+
+
 def _stop_id(tokenizer: Tokenizer, text: str) -> int:
     ids = [tokenizer.pieces[text]] if text in tokenizer.pieces else tokenizer.encode(text)
     if len(ids) != 1:

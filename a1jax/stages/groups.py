@@ -15,7 +15,7 @@ from ..config import ConfigError
 from ..domains.base import Task
 from ..losses import advantages
 from ..rollout import rewards
-from ..rollout.agent import Engine
+from ..rollout.agent import Engine, together
 from ..types import ABORTED, FINISHED, Batch, Metrics, Rollout, TrainState
 from . import kept_runs
 from .distill import pack_domain, rollout_metrics
@@ -119,7 +119,7 @@ class Reinforced:
 
     def _sample(self, state: TrainState) -> tuple[list[Groups], dict[str, Any]]:
         """Groups of ``cfg.prompts`` prompts, and of as many more as were dropped, ``cfg.refills`` times at most; counts of the engine."""
-        cfg, found, counts = self.cfg, [], {}
+        cfg, found, counts = self.cfg, [], []
         for attempt in range(1 + cfg.refills):
             missing = cfg.prompts - sum(int(groups.kept.sum()) for groups in found)
             if missing == 0:
@@ -129,8 +129,8 @@ class Reinforced:
             seed = self.setting.seed * 1_000_003 + int(state.step) * (1 + cfg.refills) + attempt
             runs, new = self.engine.run(state.params, [task for task in tasks for _ in range(cfg.samples)], seed=seed)
             found.append(judge(cfg, tasks, runs))
-            counts = {name: counts.get(name, 0) + value for name, value in new.items()}
-        return found, counts
+            counts.append(new)
+        return found, together(counts)
 
     def _pack(self, state: TrainState, found: list[Groups]) -> tuple[dict[str, Any] | None, Metrics]:
         cfg, setting = self.cfg, self.setting

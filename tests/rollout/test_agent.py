@@ -61,7 +61,7 @@ def desk_tokenizer(tmp_path_factory):
     return train_sentencepiece(experts.tokenizer_texts(families, 0), path, vocab_size=640, symbols=experts.symbols(families, 0))
 
 
-def test_a_user_replies_until_the_last_wish_is_closed(desk_tokenizer, model):
+def test_a_user_replies_until_the_last_wish_is_closed(desk_tokenizer, model, scripted):
     """Turns without a call go to the simulated user, what it says comes back as a user turn that the model did not write."""
     engine = Engine(model[0], desk_tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=512, max_turns=40))
     todo = [General().propose(seed, steps) for seed, steps in ((0, 1), (1, 3), (2, 4))]
@@ -78,7 +78,7 @@ def test_a_user_replies_until_the_last_wish_is_closed(desk_tokenizer, model):
     assert counts["tool_errors"] == counts["aborted"] == 0
 
 
-def test_a_user_hangs_up_on_a_model_that_says_nothing_of_use(desk_tokenizer, model):
+def test_a_user_hangs_up_on_a_model_that_says_nothing_of_use(desk_tokenizer, model, scripted):
     task = General().propose(0, 2)
     prompt = chat.tokenize(desk_tokenizer, list(task.messages()), add_generation_prompt=True)[0]
     engine = Engine(model[0], desk_tokenizer, dataclasses.replace(LIMITS, slots=1, max_length=512))

@@ -15,7 +15,7 @@ from a1jax.domains import QUICKSTART, Call, Observation, sandbox, solve
 from a1jax.domains.base import call_message, tool_message
 from a1jax.domains.engineering import Engineering
 from a1jax.models import transformer
-from a1jax.rollout.agent import Engine, Limits
+from a1jax.rollout.agent import Engine, Limits, together
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED
 
 LIMITS = Limits(slots=1, max_turns=12, max_turn_tokens=64, max_length=256)
@@ -190,3 +190,11 @@ def test_programs_that_misbehave_are_stopped_and_the_others_go_on(tokenizer, run
     for program, run in zip(PROGRAMS, done, strict=True):
         assert (run.status, run.turns) == (TRUNCATED, 3) and PROGRAMS[program] in run.trajectory.messages[-1]["content"], program
     assert bad.blocking and other.status == FINISHED and not pathlib.Path("/tmp/a1jax-outside").exists()
+
+
+def test_counts_of_several_runs_are_those_of_one():
+    one = {"slot_steps": 60, "idle_share": 0.4, "sampled_tokens": 30, "engine_seconds": 2.0, "tokens_per_second": 15.0, "aborted": 1}
+    two = {"slot_steps": 90, "idle_share": 0.1, "sampled_tokens": 60, "engine_seconds": 1.0, "tokens_per_second": 60.0, "aborted": 0}
+    both = together([one, two])
+    assert both == {**both, "slot_steps": 150, "sampled_tokens": 90, "engine_seconds": 3.0, "aborted": 1}
+    np.testing.assert_allclose([both["idle_share"], both["tokens_per_second"]], [0.25, 30.0])
