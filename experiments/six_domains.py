@@ -119,11 +119,11 @@ def teachers(limits: Limits) -> dict:
     sft = SftConfig(steps=250, rows=12, max_length=512, loss_tile=256, optimizer=muon)
     grpo = GrpoConfig(
         steps=40,
-        prompts=16,
+        prompts=24,
         samples=8,
-        rows=48,
+        rows=64,
         max_length=512,
-        optimizer=bind(optim.muon, learning_rate=0.003, table_learning_rate=0.003, final=0.1),
+        optimizer=bind(optim.adamw, learning_rate=5e-4, warmup=0.0, final=0.1, weight_decay=0.0),
         objective=Objective(),
         limits=dataclasses.replace(limits, slots=96, temperature=1.0),
     )

@@ -45,7 +45,7 @@ class Script:
         for task in tasks:
             at = seen[task.task_id] = seen.get(task.task_id, -1) + 1
             out.append(run(task, *self.of(task)[at % len(self.of(task))]))
-        return out, {"decode_steps": 10}
+        return out, {"decode_steps": 10, "slot_steps": 8, "idle_share": 0.2, "sampled_tokens": 4, "engine_seconds": 1.0}
 
 
 MIXED = [(FINISHED, (1, 1)), (FAILED, (1, 0)), (FAILED, (0, 0)), (FAILED, (0, 0))]
