@@ -26,7 +26,7 @@ SHOWN, HIDDEN = 2, 3  # tables a program is run on by execute_code, and by the v
 PRINTED_CHARS = 200  # of what a program printed that a run shows
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=8192)  # a few kilobytes each: groups of runs on one task write the same programs
 def executed(code: str, tables: str, limits: sandbox.Limits) -> sandbox.Result:
     """``solve`` of a program on each table (JSON). Kept, so that a verifier may replay a run; a program is a function of its input."""
     return sandbox.run(code, "solve", json.loads(tables), limits=limits)

@@ -233,6 +233,41 @@ class InstructionFollowing(Domain):
         return tuple(rules)
 
     def scaffold(self) -> tuple[str, ...]:
-        words = [f" {w}" for w in (*SUBJECTS, *WORDS, *ADJECTIVES)]
+        plain = (*SUBJECTS, *WORDS, *ADJECTIVES)
+        words = [f" {w}" for w in plain] + [*plain] + [f" {w.upper()}" for w in plain] + [w.upper() for w in plain]
         kinds = [f" {name.split(':')[1]}" for name in RULES]
-        return ("Write about the", "keep", "The", "say", " is", *PHRASES, *kinds, *words)
+        marks = (
+            " [",
+            "]",
+            " *",
+            "*",
+            "<<",
+            ">>",
+            "\n* ",
+            '"',
+            '{"answer": "',
+            '"}',
+            "\\n",
+            "\n******\n",
+            "THE",
+            " IS",
+            "SAY",
+            "P.S.",
+            "P.P.S",
+            "p.s.",
+            "p.p.s",
+        )
+        return (
+            "Write about the",
+            "keep",
+            "The",
+            "the",
+            "say",
+            " is",
+            *PHRASES,
+            *map(str.lower, PHRASES),
+            *map(str.upper, PHRASES),
+            *marks,
+            *kinds,
+            *words,
+        )
