@@ -55,6 +55,7 @@ class Experiment:
     families: dict[str, Domain] = dataclasses.field(
         default_factory=dict
     )  # domain -> what its tasks are drawn from, if not domains.DOMAINS'
+    elsewhere: bool = True  # teachers are also judged on the domains that are not theirs; False saves most of the judging with many domains
     initial: str = ""  # a parameters folder (of `a1jax import`, of a stage) that the base model is; empty: random parameters
 
     def __post_init__(self):
@@ -208,7 +209,8 @@ def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params], give
 
     def score(name: str) -> dict:
         path = setting.workdir / f"evaluations/{name}.json"
-        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), setting.families, name, path)
+        own = {d: family for d, family in setting.families.items() if cfg.elsewhere or name == teacher.stage_name(d)}
+        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), own or setting.families, name, path)
 
     with setting.on_mesh():
         return {name: score(name) for name in (*models, *given)}

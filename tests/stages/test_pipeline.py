@@ -1,5 +1,6 @@
 """The smoke pipeline as a user runs it: all three stages, killed and started again, finished and started once more."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -110,3 +111,13 @@ def test_a_teacher_is_admitted_only_where_it_is_better():
 def test_configs_that_do_not_fit_together_are_refused(assignment, message):
     with pytest.raises(ConfigError, match=message):
         config.override(quickstart(), [assignment])
+
+
+def test_teachers_are_judged_elsewhere_only_where_asked(setting, monkeypatch):
+    cfg = config.load(str(ROOT / "experiments/quickstart.py"))
+    monkeypatch.setattr(pipeline.evaluate, "run", lambda cfg, params, engine, families, name, path: sorted(families))
+    models = dict.fromkeys(("sft", "teacher_search", "teacher_tool_calling", "student"))
+    everything = ["search", "tool_calling"]
+    assert pipeline.judge_all(cfg, setting, models, {}) == dict.fromkeys(models, everything)
+    found = pipeline.judge_all(dataclasses.replace(cfg, elsewhere=False), setting, models, {})
+    assert found == {"sft": everything, "teacher_search": ["search"], "teacher_tool_calling": ["tool_calling"], "student": everything}
