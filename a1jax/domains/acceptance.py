@@ -7,8 +7,8 @@ Rules, in the order they are tried, since the first broken one is named:
 - evidence-covering: every evidence item was shown by some observation of the expert's run.
 - unambiguous: the answer does not stand in the question (unless that lists every answer there may be), and a run that leaves out an
   evidence item is refused.
-The last three concern tasks with tools and more than one step. Without tools the question holds all the evidence, so they hold
-vacuously; there the verifier must still refuse an empty answer or a meaningless one.
+The last three concern tasks of more than one step whose evidence tools show. Where the question holds it all they hold vacuously;
+without tools the verifier must still refuse an empty answer or a meaningless one.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _valid(task: Task, run: Trajectory) -> str:
 
 
 def _informative(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
     *turns, answer = turns_of(task, run)
     if _passes(task, [answer]):
@@ -111,7 +111,7 @@ def _informative(task: Task, run: Trajectory) -> str:
 
 
 def _covering(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
     shown = consulted(run)
     missing = [item for item in task.evidence if item not in shown]
@@ -121,7 +121,7 @@ def _covering(task: Task, run: Trajectory) -> str:
 
 
 def _unambiguous(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
     if _stands(task.answer, task.question) and not (len(task.options) > 1 and all(_stands(o, task.question) for o in task.options)):
         return f"the answer {task.answer[:60]!r} stands in the question"

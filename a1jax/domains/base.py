@@ -75,6 +75,11 @@ class Task:
     tools = ()
     options = ()  # answers that the question lists, the right one among others
 
+    @property
+    def self_contained(self) -> bool:
+        """Whether the question holds all that the answer rests on, so that tools, if any, only calculate."""
+        return not self.tools
+
     def messages(self) -> tuple[dict[str, Any], ...]:
         return ({"role": "user", "content": self.question},)
 

@@ -75,7 +75,8 @@ def read(path: str) -> tuple[Problem, ...]:
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"science word problems: there is no file {path!r}")
     try:
-        text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8").read()
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"science word problems: {path} cannot be read ({error}): give a .jsonl or .jsonl.gz file") from None
     problems = []
@@ -96,6 +97,7 @@ class WordTask(Task):
     problem: Problem = None
 
     tools = TOOLS[1:]
+    self_contained = True
 
     def reset(self):
         return ()

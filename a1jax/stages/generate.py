@@ -1,6 +1,6 @@
 """Training runs from the embedded domains: propose, solve, accept, write. The mean length of the runs is chosen, in tokens.
 
-``horizon`` finds the numbers of steps for it; of the two nearest each task takes the one that keeps the mean on its target.
+``horizon`` finds numbers of steps around it; of these each task takes the one that keeps the mean on its target.
 Some runs may be a careless solver's, so that failures are learnt from too: status FAILED, metadata "careless" says what went wrong.
 """
 
@@ -153,7 +153,7 @@ def report(made: Plan, written: Sequence[Written], refused: collections.Counter[
     failed = collections.Counter(each.failure.split(":")[0] for each in written if each.failure is not None)
     p10, p90 = (every[min(int(share * len(every)), len(every) - 1)] for share in (0.1, 0.9))
     mean = f"{statistics.mean(finished):.0f}" if finished else "none"
-    steps = f"{made.short} or {made.long}" if made.long > made.short else str(made.short)
+    steps = f"{made.short} to {made.long}" if made.long > made.short else str(made.short)
     turns, calls = statistics.mean(each.turns for each in written), statistics.mean(each.calls for each in written)
     return "\n".join((
         f"{type(made.domain).__name__}: {len(every)} runs, {len(finished)} finished; steps {steps}",

@@ -45,7 +45,7 @@ class Counter:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Tasks of ``domain`` that have ``short`` or ``long`` steps, whose runs have ``below`` or ``above`` tokens on average.
+    """Tasks of ``domain`` with ``short`` to ``long`` steps, whose runs have ``below`` to ``above`` tokens on average.
 
     least, most: tokens that a run must have to be kept, where a family's shortest or longest tasks are chosen from.
     """
@@ -61,11 +61,13 @@ class Plan:
 
     def steps(self, runs: int, tokens: int) -> int:
         """Steps of the next task, given the number of runs so far and their tokens: what brings the mean nearest to the horizon."""
-        return self.long if tokens + (self.below + self.above) / 2 < self.horizon * (runs + 1) else self.short
+        wanted = self.horizon * (runs + 1) - tokens
+        share = (wanted - self.below) / (self.above - self.below) if self.above > self.below else 0.0
+        return self.short + round(min(max(share, 0.0), 1.0) * (self.long - self.short))
 
 
 def plan(domain: Domain, horizon: int, count: Counter, seed: int, split: Split) -> Plan:
-    """The two nearest numbers of steps. Raises ConfigError where no runs of the family are so short, or so long.
+    """Numbers of steps on both sides of the horizon. Raises ConfigError where no runs of the family are so short, or so long.
 
     A family with a field ``tokens`` is set by that. Where the constraints of instruction following end, long-context questions go on.
     """
