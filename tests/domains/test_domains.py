@@ -133,6 +133,7 @@ def test_tool_calling_chains_through_cells_written_before():
         ("search", Call("read_page", {"title": "@Nobody"}), "error: no page '@Nobody'"),
         ("search", Call("search", {"query": 3}), "error: search: argument 'query' must be a string"),
         ("search", Call("search", {"query": "the pink car"}), "error: nothing found for 'the pink car'"),
+        ("search", Call("search", {"query": "pink\n car"}), "error: nothing found for 'pink car'"),
         ("tool_calling", Call("get", {"key": "$nothing"}), "error: no cell '$nothing'"),
         ("tool_calling", Call("get", {"key": "$fern", "x": 1}), "error: get has no argument 'x'; it takes key"),
     ],

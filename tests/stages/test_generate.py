@@ -43,12 +43,12 @@ def test_no_run_is_written_twice(tmp_path):
 
 @pytest.mark.parametrize("share", (0.0, 0.25, 0.5, 1.0))
 def test_a_share_of_runs_is_careless_and_failed_and_the_others_hit_the_horizon(tmp_path, share):
-    generate.generate("store", 16, 200, tmp_path / "runs.jsonl", failures=share)
+    generate.generate("store", 16, 2000, tmp_path / "runs.jsonl", failures=share)
     runs = read(tmp_path / "runs.jsonl")
     failed = [run for run in runs if run.status == FAILED]
     assert len(failed) == 16 * share and all(run.reward == 0.0 and run.metadata["careless"] in generate.CARELESS for run in failed)
     finished = [Counter()(run) for run in runs if run.status == FINISHED]
-    assert len(finished) == 16 - len(failed) and (not finished or statistics.mean(finished) == pytest.approx(200, rel=0.1))
+    assert len(finished) == 16 - len(failed) and (not finished or statistics.mean(finished) == pytest.approx(2000, rel=0.02))
     assert all("careless" not in run.metadata for run in runs if run.status == FINISHED)
 
 
