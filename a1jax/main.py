@@ -127,7 +127,7 @@ def generate_runs(args: argparse.Namespace) -> int:
     """Writes runs of a domain's accepted tasks and prints their statistics."""
     from a1jax.stages import generate
 
-    options = (args.seed, args.split, args.tokenizer, args.failures, args.set)
+    options = (args.seed, args.split, args.tokenizer, args.failures, args.set, args.tools)
     print(generate.generate(args.domain, args.tasks, args.horizon, args.out, *options))
     return 0
 
@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--seed", metavar="S", type=int, default=0, help="of the first task (default: 0)")
     each.add_argument("--split", choices=("train", "heldout"), default="train", help="default: train")
     each.add_argument("--tokenizer", metavar="PATH", help="counts the tokens (default: four characters are one)")
+    each.add_argument("--tools", action="store_true", help="tool schemas and system messages count as tokens too")
     each.add_argument("--failures", metavar="SHARE", type=float, default=0.0, help="share of runs by a careless solver (default: 0)")
     each.add_argument("--set", metavar="field=value", nargs="+", action="extend", default=[], help="change a field of the domain")
     each = commands.add_parser("prepare", help="turn trajectories into a dataset", description="Turns trajectories into a dataset.")

@@ -61,11 +61,14 @@ def write(path: str | pathlib.Path, trajectories: Iterable[Trajectory]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     count = 0
-    with gzip.open(part, "wt") if path.suffix == ".gz" else open(part, "w") as file:
-        for trajectory in trajectories:
-            file.write(to_json(trajectory) + "\n")
-            count += 1
-    part.replace(path)
+    try:
+        with gzip.open(part, "wt") if path.suffix == ".gz" else open(part, "w") as file:
+            for trajectory in trajectories:
+                file.write(to_json(trajectory) + "\n")
+                count += 1
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count
 
 

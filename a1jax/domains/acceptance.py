@@ -5,9 +5,10 @@ Rules, in the order they are tried, since the first broken one is named:
 - valid: the expert's run is accepted.
 - process-informative: no one-shot lookup: the answer alone and the answer after any single call are refused.
 - evidence-covering: every evidence item was shown by some observation of the expert's run.
-- unambiguous: the answer does not stand in the question, and a run that leaves out an evidence item is refused.
-The last three concern tasks with tools and more than one step. Without tools the question holds all the evidence, so they hold
-vacuously; there the verifier must still refuse an empty answer or a meaningless one.
+- unambiguous: the answer does not stand in the question (unless that lists every answer there may be), and a run that leaves out an
+  evidence item is refused.
+The last three concern tasks of more than one step whose evidence tools show. Where the question holds it all they hold vacuously;
+without tools the verifier must still refuse an empty answer or a meaningless one.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _valid(task: Task, run: Trajectory) -> str:
 
 
 def _informative(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
     *turns, answer = turns_of(task, run)
     if _passes(task, [answer]):
@@ -110,18 +111,19 @@ def _informative(task: Task, run: Trajectory) -> str:
 
 
 def _covering(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
-    missing = [item for item in task.evidence if item not in consulted(run)]
+    shown = consulted(run)
+    missing = [item for item in task.evidence if item not in shown]
     if missing:
         return f"the expert never consulted {missing[0]!r}"
     return "" if task.evidence else "no evidence is named"
 
 
 def _unambiguous(task: Task, run: Trajectory) -> str:
-    if not task.tools or task.steps < 2:
+    if task.self_contained or task.steps < 2:
         return ""
-    if task.answer and re.search(rf"(?<!\w){re.escape(task.answer)}(?!\w)", task.question):
+    if _stands(task.answer, task.question) and not (len(task.options) > 1 and all(_stands(o, task.question) for o in task.options)):
         return f"the answer {task.answer[:60]!r} stands in the question"
     turns = turns_of(task, run)
     shown = [set(r.state) for r in run.records if r.action is not None]
@@ -130,6 +132,10 @@ def _unambiguous(task: Task, run: Trajectory) -> str:
         if _passes(task, kept):
             return f"a run without {task.evidence[i]!r} is accepted"
     return ""
+
+
+def _stands(answer: str, question: str) -> bool:
+    return bool(answer) and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", question) is not None
 
 
 def _passes(task: Task, turns: Sequence[Turn]) -> bool:

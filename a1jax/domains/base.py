@@ -74,6 +74,12 @@ class Task:
 
     tools = ()
     blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
+    options = ()  # answers that the question lists, the right one among others
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether the question holds all that the answer rests on, so that tools, if any, only calculate."""
+        return not self.tools
 
     def messages(self) -> tuple[dict[str, Any], ...]:
         return ({"role": "user", "content": self.question},)
@@ -102,17 +108,22 @@ class Task:
         """One line saying what is wrong with a call by the tools' schemas, or None."""
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in self.tools}
         if call.name not in schemas:
-            return f"error: no tool '{call.name}'; tools are {', '.join(sorted(schemas))}"
+            return f"error: no tool '{quotable(call.name)}'; tools are {', '.join(sorted(schemas))}"
         properties = schemas[call.name]["properties"]
         for name in schemas[call.name]["required"]:
             if name not in call.arguments:
                 return f"error: {call.name} needs argument '{name}'"
         for name, value in call.arguments.items():
             if name not in properties:
-                return f"error: {call.name} has no argument '{name}'; it takes {', '.join(properties)}"
+                return f"error: {call.name} has no argument '{quotable(name)}'; it takes {', '.join(properties)}"
             if not isinstance(value, _JSON_TYPES[properties[name]["type"]]) or isinstance(value, bool):
                 return f"error: {call.name}: argument '{name}' must be a {properties[name]['type']}"
         return None
+
+
+def quotable(text: str) -> str:
+    """What a model wrote, as an error may quote it: cut, on one line, and as UTF-8 can hold it."""
+    return " ".join(text[:60].split()).encode("utf-8", "replace").decode("utf-8")
 
 
 _JSON_TYPES = {"string": str, "integer": int, "number": (int, float), "object": dict, "array": list}

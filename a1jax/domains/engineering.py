@@ -64,8 +64,18 @@ class EngineeringTask(Task):
             return grow(state, state.current, patched(state, **call.arguments), self.limits.code_chars)
         return PLAIN[call.name](state, **call.arguments)
 
+    @functools.cached_property
+    def _marked(self) -> dict[tuple[str, str], tuple[list[float], sandbox.Result]]:
+        return {}  # by code and tables, without what it returned: a verifier replays every run of every program
+
     def marks(self, code: str, tables: str) -> tuple[list[float], sandbox.Result]:
         """The lowest mark of each stage over the tables, all 0 when the program did not answer for every one; and how it ended."""
+        if (code, tables) not in self._marked:
+            found, done = self._mark(code, tables)
+            self._marked[code, tables] = found, dataclasses.replace(done, values=())
+        return self._marked[code, tables]
+
+    def _mark(self, code: str, tables: str) -> tuple[list[float], sandbox.Result]:
         done = executed(code, tables, self.limits)
         if done.status != "ok":
             return [0.0] * len(self.stages), done

@@ -65,6 +65,7 @@ class GeneralTask(Task):
     patience: int = 3
 
     tools = TOOLS
+    options = policies.CLOSINGS
 
     def messages(self) -> tuple[dict[str, Any], ...]:
         return {"role": "system", "content": self.policy.text()}, {"role": "user", "content": self.wishes[0].opening}

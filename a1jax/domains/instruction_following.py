@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
-from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split, quotable
 from .constraints import Rule, rule, verdicts
 from .constraints_languages import NAMES
 from .constraints_rules import AT_LEAST, LESS, RULES
@@ -149,7 +149,7 @@ class InstructionTask(Task):
         return ()
 
     def step(self, state, call: Call):
-        return state, Observation(f"error: no tool '{call.name[:60]}'; this task has none, answer in text", error=True)
+        return state, Observation(f"error: no tool '{quotable(call.name)}'; this task has none, answer in text", error=True)
 
     def expert(self) -> Generator[Turn, Observation, None]:
         yield Turn("keep " + " ".join(kind(r) for r in self.rules), answer=self.answer)

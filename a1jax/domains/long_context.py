@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
-from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split, quotable
 
 FIRST = "Al Ber Cal Dor El Fal Gor Hel Ing Jas Kal Lor Mor Nal Or Pel".split()
 MIDDLE = "a e i o u an en in on un ar er ir or ur al".split()
@@ -127,7 +127,7 @@ class LongTask(Task):
         return ()
 
     def step(self, state, call: Call):
-        return state, Observation(f"error: no tool '{call.name[:60]}'; this task has none, answer with a letter", error=True)
+        return state, Observation(f"error: no tool '{quotable(call.name)}'; this task has none, answer with a letter", error=True)
 
     def expert(self) -> Generator[Turn, Observation, None]:
         value, thought = self.story.start, f"line {self.lines[0]} {self.story.start}"

@@ -48,7 +48,7 @@ class Limits:
     memory_bytes: int = 256 << 20  # of address space, the interpreter included (about 20 MB)
     disk_bytes: int = 1 << 20  # of all files together; also of what it prints and of what it returns
     files: int = 32  # in its folder
-    code_chars: int = 20_000
+    code_chars: int = 40_000
     output_chars: int = 2_000  # of what it printed that are kept
     modules: tuple[str, ...] = MODULES
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
-from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, consulted, final_answer, in_split, tool
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, consulted, final_answer, in_split, quotable, tool
 from .science_formulas import SMALLER, UNIT, Step, row, walk
 from .science_units import Unreadable, calculate, near, quantity, show
 from .search import CORE, title
@@ -55,7 +55,7 @@ class ScienceTask(Task):
         name = call.arguments["object"].strip()
         text = self._rows.get(name)
         if text is None:
-            return state, Observation(f"error: lookup: no object '{_safe(name)}'", error=True)
+            return state, Observation(f"error: lookup: no object '{quotable(name)}'", error=True)
         return state, Observation(text, refs=(name,))
 
     def results(self) -> tuple[tuple[str, Fraction], ...]:
@@ -122,10 +122,6 @@ def answer_calculator(expression: str) -> Observation:
         return Observation(show(calculate(expression)))
     except Unreadable as error:
         return Observation(f"error: calculator: {error}", error=True)
-
-
-def _safe(text: str) -> str:
-    return text[:60].encode("utf-8", "replace").decode("utf-8")
 
 
 def _statements(trajectory: Trajectory) -> Iterator[tuple[str, str]]:

@@ -74,17 +74,21 @@ def read(path: str) -> tuple[Problem, ...]:
     """Every usable problem of a file (plain or .gz). Raises ConfigError with file and line for one that is not of the form."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"science word problems: there is no file {path!r}")
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ConfigError(f"science word problems: {path} cannot be read ({error}): give a .jsonl or .jsonl.gz file") from None
     problems = []
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                good = isinstance(row["question"], str) and isinstance(row["answer"], str)
-            except (ValueError, KeyError, TypeError):
-                good = False
-            if not good:
-                raise ConfigError(f'{path}:{i}: not a JSON object with the texts "question" and "answer"')
-            problems.append(parse(row))
+    for i, line in enumerate(text.split("\n")[: -1 if text.endswith("\n") else None], 1):
+        try:
+            row = json.loads(line)
+            good = isinstance(row["question"], str) and isinstance(row["answer"], str)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise ConfigError(f'{path}:{i}: not a JSON object with the texts "question" and "answer"')
+        problems.append(parse(row))
     return tuple(problem for problem in problems if problem)
 
 
@@ -93,6 +97,7 @@ class WordTask(Task):
     problem: Problem = None
 
     tools = TOOLS[1:]
+    self_contained = True
 
     def reset(self):
         return ()

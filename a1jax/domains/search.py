@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
-from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, consulted, final_answer, in_split, tool
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, consulted, final_answer, in_split, quotable, tool
 
 ONSETS = ("Bel", "Cor", "Dan", "Fen", "Gal", "Hul", "Jor", "Kem")
 ENDINGS = ("ado", "bin", "cas", "dur", "eth", "fil", "gor", "hax")
@@ -91,12 +91,12 @@ class SearchTask(Task):
             query = call.arguments["query"].strip()
             found = [i for i in range(self.graph.size) if self.graph.description(i) == query]
             if not found:
-                return state, Observation(f"error: nothing found for '{query[:60]}'", error=True)
+                return state, Observation(f"error: nothing found for '{quotable(query)}'", error=True)
             return state, Observation(title(found[0]), refs=(title(found[0]),))
         name = call.arguments["title"].strip()
         i = _indices(self.graph.size).get(name)
         if i is None:
-            return state, Observation(f"error: no page '{name[:60]}'", error=True)
+            return state, Observation(f"error: no page '{quotable(name)}'", error=True)
         return (*state, name), Observation(self.graph.text(i), refs=(name,))
 
     def expert(self) -> Generator[Turn, Observation, None]:

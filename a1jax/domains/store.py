@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import ConfigError
 from ..types import Trajectory
-from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split, tool
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, in_split, quotable, tool
 
 KEYS = (
     "amber",
@@ -80,12 +80,12 @@ class StoreTask(Task):
             return state, Observation(problem, error=True)
         key = call.arguments["key"].strip()
         if key not in state:
-            return state, Observation(f"error: no cell '{key[:60]}'", error=True)
+            return state, Observation(f"error: no cell '{quotable(key)}'", error=True)
         if call.name == "get":
             return state, Observation(key + state[key], refs=(key,))
         value = call.arguments["value"].strip()
         if not re.fullmatch(r"#\d{1,6}", value, flags=re.ASCII):
-            return state, Observation(f"error: put: value must be '#' and a number, got '{value[:60]}'", error=True)
+            return state, Observation(f"error: put: value must be '#' and a number, got '{quotable(value)}'", error=True)
         return {**state, key: value}, Observation("ok", refs=(key,))
 
     def expert(self) -> Generator[Turn, Observation, None]:
@@ -154,15 +154,14 @@ class Store(Domain):
 
     def _operations(self, rng: np.random.Generator, size: int, steps: int, split: Split) -> list[tuple[str, str]]:
         operations: list[tuple[str, str]] = []
+        cells = [cell(i) for i in range(size)]
         read, written = set(), set()
         for _ in range(steps):
-            again = [key for key in sorted(written) if key not in read]
-            fresh = [cell(i) for i in range(size) if cell(i) not in read | written]
+            again = sorted(written - read)
+            fresh = [c for c in cells if c not in read and c not in written]
             sources = again if again and rng.random() < self.reuse else fresh
             source = sources[int(rng.integers(len(sources)))] if sources else None
-            targets = [
-                c for c in (cell(i) for i in range(size)) if c not in written and c != source and source and in_split(source, c, split)
-            ]
+            targets = [c for c in cells if c not in written and c != source and source and in_split(source, c, split)]
             if not targets:
                 break  # a dead end: the caller begins anew
             operations.append((source, targets[int(rng.integers(len(targets)))]))

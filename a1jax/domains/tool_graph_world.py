@@ -7,7 +7,7 @@ import functools
 import re
 import zlib
 
-from .base import Call, Observation
+from .base import Call, Observation, quotable
 from .search import CORE, title
 from .store import KEYS, VALUES, cell
 from .tool_graph_catalogue import Catalogue, Tool
@@ -95,9 +95,9 @@ class World:
         for value, (_, kind) in zip(values, made.arguments, strict=True):
             if kind in ("number", "code"):
                 if not NUMBER.fullmatch(value):
-                    return f"{kind} must be '#' and a number, got '{_safe(value)}'"
+                    return f"{kind} must be '#' and a number, got '{quotable(value)}'"
             elif value not in names(kind, self.steps):
-                return f"no {kind} '{_safe(value)}'"
+                return f"no {kind} '{quotable(value)}'"
         subject = values[0]
         for need in made.needs:
             if (need, subject) not in state.holds:
@@ -105,9 +105,5 @@ class World:
         for value, (name, _) in zip(values, made.arguments, strict=True):
             relation = dict(made.proofs).get(name)
             if relation and value != self.value(state, relation, subject):
-                return f"{_safe(value)} is not the {relation} of {subject}"
+                return f"{quotable(value)} is not the {relation} of {subject}"
         return None
-
-
-def _safe(text: str) -> str:
-    return text[:60].encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,6 @@
 """Training runs from the embedded domains: propose, solve, accept, write. The mean length of the runs is chosen, in tokens.
 
-``steps`` sets the length: a few runs are measured, the two nearest numbers of steps are mixed so that the mean hits. A family with a
-field ``tokens`` is set by that. Instruction following longer than its constraints reach turns to long-context questions.
+``horizon`` finds numbers of steps around it; of these each task takes the one that keeps the mean on its target.
 Some runs may be a careless solver's, so that failures are learnt from too: status FAILED, metadata "careless" says what went wrong.
 """
 
@@ -11,148 +10,106 @@ import collections
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 
 from ..config import ConfigError, check, override
-from ..data import chat, chat_builtin, tokenizer, trajectories
+from ..data import tokenizer, trajectories
 from ..domains import DOMAINS, LongContext, Store
 from ..domains.acceptance import NO_ANSWERS, accept, play, turns_of
-from ..domains.base import Domain, Split, Task, Turn, solve
-from ..domains.long_context import four_characters
+from ..domains.base import Call, Domain, Split, Task, Turn
 from ..domains.science_words import WordProblems
 from ..types import FINISHED, Trajectory
+from .horizon import LONGEST, Counter, Plan, plan
 
 FAMILIES: dict[str, Domain] = {**DOMAINS, "long_context": LongContext(), "store": Store(), "science_words": WordProblems()}
 CARELESS = ("wrong value", "skipped step", "early stop")
-TOLERANCE = 0.15  # of the target, by which the shortest or longest runs of a family may miss it
-MOST_STEPS = 1 << 14
-MEASURED = 3  # runs per number of steps
 REFUSALS = 20  # per wanted task, before a family is given up
-
-Counter = Callable[[Trajectory], int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Tasks of ``domain``: a share ``long_share`` has ``long`` steps, the others ``short``."""
-
-    domain: Domain
-    short: int
-    long: int
-    long_share: float
-
-    def steps(self, i: int) -> int:
-        """Steps of the i-th task: the long ones come evenly."""
-        return self.long if int((i + 1) * self.long_share + 0.5) > int(i * self.long_share + 0.5) else self.short
 
 
 def generate(
     name: str, tasks: int, horizon: int, out: str | pathlib.Path, seed: int = 0, split: Split = "train",
-    tokenizer_path: str | None = None, failures: float = 0.0, assignments: Sequence[str] = (),
+    tokenizer_path: str | None = None, failures: float = 0.0, assignments: Sequence[str] = (), tools: bool = False,
 ) -> str:  # fmt: skip
-    """Write ``tasks`` runs whose finished ones have ``horizon`` tokens on average; returns statistics, as text."""
+    """Write ``tasks`` runs whose finished ones have ``horizon`` tokens on average; returns statistics, as text.
+
+    tools: tool schemas and system messages count as tokens of a run. Raises ConfigError, and then leaves no file.
+    """
     if name not in FAMILIES:
         raise ConfigError(f"--domain {name}: no such family; there are {', '.join(FAMILIES)}")
-    for option, value, good in (
-        ("tasks", tasks, tasks >= 1),
-        ("horizon", horizon, horizon >= 1),
-        ("failures", failures, 0 <= failures <= 1),
+    for option, value, good, wanted in (
+        ("tasks", tasks, tasks >= 1, "at least 1"),
+        ("horizon", horizon, 1 <= horizon <= LONGEST, f"between 1 and {LONGEST}"),
+        ("seed", seed, seed >= 0, "at least 0"),
+        ("failures", failures, 0 <= failures <= 1, "between 0 and 1"),
     ):
         if not good:
-            raise ConfigError(f"--{option} is {value}; it must be {'between 0 and 1' if option == 'failures' else 'at least 1'}")
+            raise ConfigError(f"--{option} is {value}; it must be {wanted}")
     if not str(out).endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(f"--out {out}: the name must end in .jsonl or .jsonl.gz")
     domain = override(FAMILIES[name], assignments)
     check(domain)
-    count = counter(tokenizer_path)
+    count = Counter(tokenizer.load(tokenizer_path) if tokenizer_path else None, tools)
     made = plan(domain, horizon, count, seed, split)
     refused: collections.Counter[str] = collections.Counter()
-    sizes: list[tuple[Trajectory, int]] = []
+    written: list[Written] = []
 
     def kept() -> Iterator[Trajectory]:
-        for run in runs(made, tasks, seed, split, failures, refused):
-            sizes.append((dataclasses.replace(run, messages=(), tools=()), count(run)))
-            turns = sum(m["role"] == "assistant" for m in run.messages)
-            counts[0] += turns
-            counts[1] += sum(len(m.get("tool_calls") or ()) for m in run.messages)
+        for run, size in runs(made, tasks, count, seed, split, failures, refused):
+            said = [m for m in run.messages if m["role"] == "assistant"]
+            calls = sum(len(m.get("tool_calls") or ()) for m in said)
+            written.append(Written(size, len(said), calls, None if run.status == FINISHED else run.records[-1].outcome))
             yield run
 
-    counts = [0, 0]
     try:
         trajectories.write(out, kept())
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out") from None
-    finally:
-        pathlib.Path(out).with_name(f".{pathlib.Path(out).name}.part").unlink(missing_ok=True)
-    return report(made, horizon, sizes, counts, refused)
+    return report(made, written, refused)
 
 
-def counter(path: str | None) -> Counter:
-    """Tokens of a run as the model sees it, tools included."""
-    if path:
-        own = tokenizer.load(path)
-        return lambda run: len(chat.tokenize(own, run.messages, run.tools)[0])
-    return lambda run: four_characters("".join(p.text for p in chat_builtin.render(run.messages, run.tools, "<|im_end|>", False)))
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What the statistics need of a run. failure: why it failed, None when it finished."""
+
+    tokens: int
+    turns: int
+    calls: int
+    failure: str | None
 
 
-def plan(domain: Domain, horizon: int, count: Counter, seed: int, split: Split) -> Plan:
-    """The numbers of steps whose mixture has ``horizon`` tokens on average. Raises ConfigError where the family has none."""
+def runs(
+    made: Plan, tasks: int, count: Counter, seed: int, split: Split, failures: float, refused: collections.Counter[str]
+) -> Iterator[tuple[Trajectory, int]]:
+    """Judged runs of accepted tasks and their tokens, a share of them careless; ``refused`` counts the other tasks by reason.
 
-    def length(steps: int) -> float:
-        return statistics.mean(count(solve(domain.propose(seed + i, steps, split))) for i in range(MEASURED))
-
-    if isinstance(domain, LongContext):
-        domain = dataclasses.replace(domain, tokens=max(horizon, 1024))
-        rest = length(1) - domain.tokens
-        domain = dataclasses.replace(domain, tokens=max(int(horizon - rest), 1))
-        return Plan(domain, 1, 1, 0.0)
-    low, below = 1, length(1)
-    if below >= horizon:
-        if below > horizon * (1 + TOLERANCE):
-            raise ConfigError(f"--horizon {horizon}: the shortest runs of {domain.name} have {below:.0f} tokens; ask for that or more")
-        return Plan(domain, 1, 1, 0.0)
-    high = above = None
-    guess = 2
-    while high is None or (high - low > 1 and above - below > 0.1 * horizon):
-        try:
-            found = length(guess)
-        except ConfigError as error:
-            if guess > low + 1:
-                guess = (low + guess) // 2
-                continue
-            if domain == DOMAINS["instruction_following"]:
-                distractors = min(6, max(0, (horizon - 150) // 100))  # a short question has no room for them
-                return plan(LongContext(distractors=distractors), horizon, count, seed, split)
-            if below >= horizon * (1 - TOLERANCE):
-                return Plan(domain, low, low, 0.0)
-            raise ConfigError(f"--horizon {horizon}: the longest runs of {domain.name} have {below:.0f} tokens ({error})") from None
-        if found >= horizon:
-            high, above = guess, found
-        else:
-            low, below = guess, found
-        if low >= MOST_STEPS:
-            raise ConfigError(f"--horizon {horizon}: {low} steps of {domain.name} give {below:.0f} tokens only; ask for less")
-        ahead = max(low + 1, min(int(low * 1.05 * horizon / below), 8 * low))
-        guess = ahead if high is None else min(max(low + int((high - low) * (horizon - below) / (above - below)), low + 1), high - 1)
-    return Plan(domain, low, high, (horizon - below) / (above - below))
-
-
-def runs(made: Plan, tasks: int, seed: int, split: Split, failures: float, refused: collections.Counter[str]) -> Iterator[Trajectory]:
-    """Judged runs of accepted tasks, a share of them careless; ``refused`` counts the other tasks by the rule they broke."""
-    done, tried = 0, 0
+    The share is exact: where every careless run would be accepted after all, the task is refused.
+    """
+    done, tried, finished, tokens = 0, 0, 0, 0
+    seen: set[int] = set()
     while done < tasks:
         if tried >= tasks + REFUSALS * (done + 1):
-            raise ConfigError(f"{made.domain.name}: {sum(refused.values())} of {tried} tasks were refused: {dict(refused)}")
-        task = made.domain.propose(seed + tried, made.steps(done), split)
+            name = type(made.domain).__name__
+            raise ConfigError(f"{name}: {refused.total()} of {tried} tasks were refused ({listed(refused)}); ask for fewer or other ones")
+        task = made.domain.propose(seed + tried, made.steps(finished, tokens), split)
         tried += 1
         found = accept(task)
-        if not found.accepted:
-            refused[found.rule] += 1
+        run, why = found.trajectory, found.rule
+        key, size = zlib.crc32(repr(run.messages).encode("utf-8", "replace")), count(run)
+        if why is None and key in seen:
+            why = "repeated"
+        elif why is None and not made.least <= size <= made.most:
+            why = "length"
+        elif why is None and int((done + 1) * failures + 1e-9) > int(done * failures + 1e-9):
+            run = careless(task, run, seed + tried)
+            size, why = (count(run), None) if run else (0, "never failed")
+        if why is not None:
+            refused[why] += 1
             continue
-        run = found.trajectory
-        if int((done + 1) * failures + 1e-9) > int(done * failures + 1e-9):
-            run = careless(task, run, seed + tried) or run
-        yield dataclasses.replace(run, metadata={**run.metadata, "seed": seed + tried - 1, "split": split})
+        if run.status == FINISHED:
+            finished, tokens = finished + 1, tokens + size
+        seen.add(key)
+        yield dataclasses.replace(run, metadata={**run.metadata, "seed": seed + tried - 1, "split": split}), size
         done += 1
 
 
@@ -161,7 +118,7 @@ def careless(task: Task, run: Trajectory, seed: int) -> Trajectory | None:
     *turns, answer = turns_of(task, run)
     middle = len(turns) // 2
     ways = {
-        "wrong value": [*turns, Turn(answer.thought, answer=NO_ANSWERS[1])],
+        "wrong value": _wrong_value(turns, answer),
         "skipped step": [*turns[:middle], *turns[middle + 1 :], answer],
         "early stop": [*turns[:middle], Turn("", answer=answer.answer if turns else answer.answer[: len(answer.answer) // 2])],
     }
@@ -173,21 +130,36 @@ def careless(task: Task, run: Trajectory, seed: int) -> Trajectory | None:
     return None
 
 
-def report(made: Plan, horizon: int, sizes: Sequence[tuple[Trajectory, int]], counts: Sequence[int], refused: collections.Counter) -> str:
-    every = sorted(size for _, size in sizes)
-    finished = [size for run, size in sizes if run.status == FINISHED]
-    failed = collections.Counter(run.records[-1].outcome for run, _ in sizes if run.status != FINISHED)
-    p90 = every[min(int(0.9 * len(every)), len(every) - 1)]
+def _wrong_value(turns: Sequence[Turn], answer: Turn) -> list[Turn]:
+    """One call, as near to the middle as can be, takes the value of another one to the same tool; else the answer is wrong."""
+    calls = [(i, turn.call, list(turn.call.arguments)[-1]) for i, turn in enumerate(turns) if turn.call and turn.call.arguments]
+    for i, call, last in sorted(calls, key=lambda each: abs(each[0] - len(turns) // 2)):
+        others = (other.arguments[last] for _, other, _ in calls if other.name == call.name)
+        wrong = next((value for value in others if value != call.arguments[last]), None)
+        if wrong is not None:
+            slip = dataclasses.replace(turns[i], call=Call(call.name, {**call.arguments, last: wrong}))
+            return [*turns[:i], slip, *turns[i + 1 :], answer]
+    return [*turns, Turn(answer.thought, answer=NO_ANSWERS[1])]
 
-    def listed(found: collections.Counter) -> str:
-        return "; ".join(f"{n} x {why}" for why, n in found.most_common()) or "none"
 
+def listed(found: collections.Counter[str]) -> str:
+    return "; ".join(f"{n} x {why}" for why, n in found.most_common()) or "none"
+
+
+def report(made: Plan, written: Sequence[Written], refused: collections.Counter[str]) -> str:
+    """Lengths and reasons as lines of text. Reasons of failure are grouped by what stands before the colon."""
+    every = sorted(each.tokens for each in written)
+    finished = [each.tokens for each in written if each.failure is None]
+    failed = collections.Counter(each.failure.split(":")[0] for each in written if each.failure is not None)
+    p10, p90 = (every[min(int(share * len(every)), len(every) - 1)] for share in (0.1, 0.9))
     mean = f"{statistics.mean(finished):.0f}" if finished else "none"
+    steps = f"{made.short} to {made.long}" if made.long > made.short else str(made.short)
+    turns, calls = statistics.mean(each.turns for each in written), statistics.mean(each.calls for each in written)
     return "\n".join((
-        f"{type(made.domain).__name__}: {len(every)} runs, {len(finished)} finished; {made.short} or {made.long} steps",
-        f"tokens: finished mean {mean} (asked {horizon}); all: mean {statistics.mean(every):.0f}, median {statistics.median(every):.0f},"
-        f" p10 {every[int(0.1 * len(every))]}, p90 {p90}, max {every[-1]}",
-        f"turns per run {counts[0] / len(every):.1f}, tool calls per run {counts[1] / len(every):.1f}",
+        f"{type(made.domain).__name__}: {len(every)} runs, {len(finished)} finished; steps {steps}",
+        f"tokens: finished mean {mean} (asked {made.horizon}); all: mean {statistics.mean(every):.0f},"
+        f" median {statistics.median(every):.0f}, p10 {p10}, p90 {p90}, max {every[-1]}",
+        f"turns per run {turns:.1f}, tool calls per run {calls:.1f}",
         f"refused tasks: {listed(refused)}",
         f"failed runs: {listed(failed)}",
     ))  # fmt: skip

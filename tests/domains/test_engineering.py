@@ -201,7 +201,7 @@ def test_the_tree_remembers_what_every_tool_did():
             ("write_notes", {"text": "x" * (NOTE_CHARS + 1)}),
             f"a note has at most {NOTE_CHARS} characters, this one {NOTE_CHARS + 1}",
         ),
-        (("a",), ("write_full_code", {"code": "x" * 20_001}), "the program would have 20001 characters; at most 20000"),
+        (("a",), ("write_full_code", {"code": "x" * 40_001}), "the program would have 40001 characters; at most 40000"),
     ],
 )
 def test_wrong_calls_get_a_clear_error_and_change_nothing(before, call, text):

@@ -1,5 +1,9 @@
 """Generated files: the asked mean length, only accepted tasks, careless runs among them, one line for what cannot be."""
 
+import collections
+import dataclasses
+import itertools
+import json
 import statistics
 
 import pytest
@@ -8,35 +12,139 @@ from a1jax import main
 from a1jax.config import ConfigError
 from a1jax.data import trajectories
 from a1jax.domains import DOMAINS, solve
+from a1jax.domains.acceptance import turns_of
 from a1jax.stages import generate
+from a1jax.stages.horizon import Counter, Plan
 from a1jax.types import FAILED, FINISHED
 
 
-@pytest.mark.parametrize("name", ("search", "science", "tool_calling", "instruction_following", "long_context"))
-@pytest.mark.parametrize("horizon", (700, 3000))
+def read(path):
+    return trajectories.read_all(path, strict=True)[0]
+
+
+@pytest.mark.parametrize("name", sorted({*DOMAINS, "long_context", "store"}))
+@pytest.mark.parametrize("horizon", (200, 700, 3000))
 def test_the_mean_hits_the_horizon(tmp_path, name, horizon):
-    generate.generate(name, 6, horizon, tmp_path / "runs.jsonl.gz")
-    runs, _ = trajectories.read_all(tmp_path / "runs.jsonl.gz", strict=True)
-    assert len(runs) == 6 and all(run.status == FINISHED for run in runs)
-    assert statistics.mean(map(generate.counter(None), runs)) == pytest.approx(horizon, rel=0.07)
+    if name == "engineering" and horizon > 700:
+        pytest.skip("code is run: the shorter ones show it")
+    text = generate.generate(name, 8, horizon, tmp_path / "runs.jsonl.gz")
+    runs = read(tmp_path / "runs.jsonl.gz")
+    assert len(runs) == 8 and all(run.status == FINISHED for run in runs)
+    mean = statistics.mean(map(Counter(), runs))
+    loose = horizon == 200 and name in ("engineering", "science")  # their shortest runs have 225
+    assert mean == pytest.approx(horizon, rel=0.15 if loose else 0.05) and f"finished mean {mean:.0f} (asked {horizon})" in text
 
 
-def test_a_share_of_runs_is_careless_and_failed(tmp_path):
-    generate.generate("tool_calling", 8, 700, tmp_path / "runs.jsonl", failures=0.5)
-    runs, _ = trajectories.read_all(tmp_path / "runs.jsonl", strict=True)
+def test_no_run_is_written_twice(tmp_path):
+    generate.generate("instruction_following", 120, 60, tmp_path / "runs.jsonl")
+    runs = read(tmp_path / "runs.jsonl")
+    assert len({str(run.messages) for run in runs}) == 120
+
+
+@pytest.mark.parametrize("share", (0.0, 0.25, 0.5, 1.0))
+def test_a_share_of_runs_is_careless_and_failed_and_the_others_hit_the_horizon(tmp_path, share):
+    generate.generate("store", 16, 2000, tmp_path / "runs.jsonl", failures=share)
+    runs = read(tmp_path / "runs.jsonl")
     failed = [run for run in runs if run.status == FAILED]
-    assert len(failed) == 4 and all(run.reward == 0.0 and run.metadata["careless"] in generate.CARELESS for run in failed)
+    assert len(failed) == 16 * share and all(run.reward == 0.0 and run.metadata["careless"] in generate.CARELESS for run in failed)
+    finished = [Counter()(run) for run in runs if run.status == FINISHED]
+    assert len(finished) == 16 - len(failed) and (not finished or statistics.mean(finished) == pytest.approx(2000, rel=0.02))
+    assert all("careless" not in run.metadata for run in runs if run.status == FINISHED)
+
+
+def test_a_careless_run_that_is_accepted_counts_as_no_failure(tmp_path, monkeypatch):
+    tried = itertools.count()
+    real = generate.careless
+    monkeypatch.setattr(generate, "careless", lambda *args: real(*args) if next(tried) % 2 else None)
+    text = generate.generate("search", 8, 700, tmp_path / "runs.jsonl", failures=0.5)
+    assert sum(run.status == FAILED for run in read(tmp_path / "runs.jsonl")) == 4 and "4 x never failed" in text
+    monkeypatch.setattr(generate, "careless", lambda *args: None)
+    with pytest.raises(ConfigError, match="x never failed"):
+        generate.generate("search", 2, 700, tmp_path / "none.jsonl", failures=1.0)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_each_careless_way_is_what_it_says():
+    task = DOMAINS["search"].propose(1, 4)
+    run = solve(task)
+    right = turns_of(task, run)
+    by_kind = {failed.metadata["careless"]: turns_of(task, failed) for failed in (generate.careless(task, run, s) for s in range(3))}
+    assert set(by_kind) == set(generate.CARELESS)
+    skipped, early, wrong = by_kind["skipped step"], by_kind["early stop"], by_kind["wrong value"]
+    assert len(skipped) == len(right) - 1 and [t for t in right if t not in skipped] == [right[len(right[:-1]) // 2]]
+    assert early[:-1] == right[: len(right[:-1]) // 2] and early[-1].answer == right[-1].answer
+    changed = [(a, b) for a, b in zip(right, wrong, strict=True) if a != b]
+    assert len(changed) == 1 and changed[0][0].call.name == changed[0][1].call.name and changed[0][0].thought == changed[0][1].thought
+
+
+def test_where_no_value_can_be_mixed_up_the_answer_is_wrong():
+    task = DOMAINS["instruction_following"].propose(1, 3)
+    failed = generate.careless(task, solve(task), 0)
+    assert failed.metadata["careless"] == "wrong value" and failed.messages[-1]["content"] == "none of these is it"
+
+
+def test_reasons_are_grouped_by_what_stands_before_the_colon():
+    runs = [generate.Written(10, 1, 0, None), *(generate.Written(20, 2, 1, f"state: {i} is wrong") for i in range(3))]
+    runs.append(generate.Written(30, 3, 2, "answer: wrong"))
+    text = generate.report(Plan(DOMAINS["search"], 12, 1, 2, 9.0, 15.0), runs, collections.Counter({"valid": 2}))
+    assert text.splitlines() == [
+        "Search: 5 runs, 1 finished; steps 1 to 2",
+        "tokens: finished mean 10 (asked 12); all: mean 20, median 20, p10 10, p90 30, max 30",
+        "turns per run 2.0, tool calls per run 1.0",
+        "refused tasks: 2 x valid",
+        "failed runs: 3 x state; 1 x answer",
+    ]
+
+
+def test_only_accepted_tasks_are_written(tmp_path, monkeypatch):
+    real, asked = generate.accept, []
+
+    def every_second(task):
+        asked.append(task.task_id)
+        found = real(task)
+        return found if len(asked) % 2 else dataclasses.replace(found, accepted=False, rule="valid", reason="test")
+
+    monkeypatch.setattr(generate, "accept", every_second)
+    text = generate.generate("search", 3, 700, tmp_path / "runs.jsonl")
+    assert [run.task_id for run in read(tmp_path / "runs.jsonl")] == asked[::2] and "2 x valid" in text
+
+
+@pytest.mark.parametrize("suffix", (".jsonl", ".jsonl.gz"))
+def test_a_broken_run_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, suffix):
+    out = tmp_path / f"runs{suffix}"
+    generate.generate("store", 1, 200, out)
+    old = out.read_bytes()
+
+    def breaks(*args):
+        yield from itertools.islice(real(*args), 2)
+        raise KeyboardInterrupt
+
+    real = generate.runs
+    monkeypatch.setattr(generate, "runs", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate("store", 5, 200, out)
+    assert out.read_bytes() == old and [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_heldout_runs_and_a_file_of_word_problems(tmp_path):
+    rows = [
+        {"question": f"What is {i} + {j}?", "answer": f"{i}+{j}=<<{i}+{j}={i + j}>>{i + j}\n#### {i + j}"}
+        for i in range(9)
+        for j in range(9)
+    ]
+    path = tmp_path / "words.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    made = generate.generate("science_words", 3, 80, tmp_path / "runs.jsonl", seed=3, split="heldout", assignments=[f"path={path}"])
+    runs = read(tmp_path / "runs.jsonl")
+    assert "3 finished" in made and all(run.metadata["split"] == "heldout" and "heldout" in run.task_id for run in runs)
+    with pytest.raises(ConfigError, match="repeated"):
+        generate.generate("science_words", 80, 80, tmp_path / "more.jsonl", assignments=[f"path={path}"])
 
 
 def test_same_seed_same_file(tmp_path):
     for name in ("a", "b"):
         generate.generate("search", 3, 800, tmp_path / f"{name}.jsonl", seed=5, failures=0.4)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-
-
-def test_long_tasks_come_evenly():
-    made = generate.Plan(DOMAINS["search"], 2, 3, 0.25)
-    assert sum(made.steps(i) == 3 for i in range(100)) == 25
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -47,7 +155,23 @@ def test_a_careless_run_fails(name):
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"name": "x"}, "no such family"), ({"horizon": 20}, "shortest"), ({"failures": 2.0}, "between"), ({"out": "x.txt"}, "jsonl")],
+    [
+        ({"name": "x"}, "no such family"),
+        ({"horizon": 20}, "shortest"),
+        ({"horizon": 0}, "between 1 and"),
+        ({"horizon": 10**9}, "between 1 and"),
+        ({"name": "long_context", "horizon": 50}, "the rules alone take"),
+        ({"failures": 2.0}, "between"),
+        ({"failures": float("nan")}, "between"),
+        ({"seed": -1}, "at least 0"),
+        ({"tasks": 0}, "at least 1"),
+        ({"out": "x.txt"}, "jsonl"),
+        ({"name": "science_words"}, "no file ''"),
+        ({"name": "science_words", "assignments": [f"path={__file__}"]}, "not a JSON object"),
+        ({"assignments": ["degree=0"]}, "degree"),
+        ({"assignments": ["colour=red"]}, "no such field"),
+        ({"out": f"{__file__}/x.jsonl"}, "cannot be written"),
+    ],
 )
 def test_what_cannot_be_is_one_line(tmp_path, change, says):
     with pytest.raises(ConfigError, match=says) as error:
