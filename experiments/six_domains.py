@@ -30,7 +30,6 @@ from a1jax.stages.experts import Prompts, Runs
 from a1jax.stages.grpo import GrpoConfig
 from a1jax.stages.pipeline import Experiment, TokenizerConfig
 from a1jax.stages.sft import Phase, SftConfig
-from a1jax.stages.task_pool import Pool
 
 VOCABULARY = 1792
 # What a model of 0.3M parameters can count and spell: no numbers of words, letters or sentences, no foreign languages.
@@ -82,7 +81,7 @@ def get_config(arg: str = "") -> Experiment:
             "search": Runs({1: 200, 2: 200, 3: 200, 4: 12, 5: 12, 6: 12}),
             "engineering": Runs({1: 250, 2: 250, 3: 12}),
             "science": (Runs({1: 250, 2: 250, 3: 12, 4: 12}), Runs({1: 150, 2: 150}, DERIVATIONS)),
-            "instruction_following": (Runs({1: 300, 2: 300, 3: 24, 4: 24}), Runs({1: 150}, REGISTER)),
+            "instruction_following": (Runs({1: 300, 2: 300, 3: 100, 4: 60}), Runs({1: 150}, REGISTER)),
             "tool_calling": Runs({1: 150, 2: 150, 3: 150, 4: 150, 6: 12, 8: 12}),
             "general": Runs({1: 250, 2: 250, 3: 12, 4: 12}),
         },
@@ -116,34 +115,33 @@ def held_out(number: int) -> Evaluation:
 
 
 def teachers(limits: Limits) -> dict:
-    """Domain -> the recipe of its teacher. Pools of tasks that the model both solves and misses are reused: from fresh tasks a model of
-    this size learnt nothing in as many steps."""
+    """Domain -> the recipe of its teacher."""
     sft = SftConfig(
         steps=200, rows=12, max_length=512, loss_tile=256, optimizer=bind(optim.muon, learning_rate=0.008, table_learning_rate=0.008)
     )
     grpo = GrpoConfig(
-        steps=24,
+        steps=12,
         prompts=16,
         samples=8,
-        pool=Pool(candidates=128, select="mixed", size=64),
         rows=32,
         max_length=512,
-        optimizer=bind(optim.adamw, learning_rate=3e-4, warmup=0.0, final=0.1, weight_decay=0.0),  # the paper's 1e-6 is for 35B
+        optimizer=bind(optim.adamw, learning_rate=1e-4, warmup=0.0, final=1.0, weight_decay=0.0),  # the paper's 1e-6 is for 35B
         limits=dataclasses.replace(limits, slots=96, temperature=1.0),
     )
     rubrics = dataclasses.replace(grpo, reward=bind(rewards.rubric_reward))
-    brief, few = dataclasses.replace(grpo, steps=16), dataclasses.replace(rubrics, steps=16, prompts=10)
     constraints, register = Prompts(LENGTHS["instruction_following"]), Prompts((1,), REGISTER)
     return {
         "search": recipes.search(
-            Runs({3: 80, 4: 80, 5: 40, 6: 20}), dataclasses.replace(sft, steps=80), brief, (Prompts((4, 5, 6)),), candidates=128
+            Runs({3: 80, 4: 80, 5: 40, 6: 20}), dataclasses.replace(sft, steps=80), grpo, (Prompts((4, 5, 6)),), candidates=128
         ),
-        "engineering": recipes.sft_then_grpo(Runs({2: 150, 3: 250}), sft, few, (Prompts((2, 3)),)),
+        "engineering": recipes.sft_then_grpo(Runs({2: 150, 3: 250}), sft, dataclasses.replace(rubrics, prompts=10), (Prompts((2, 3)),)),
         "science": recipes.science(Runs({1: 150, 2: 150}, DERIVATIONS), sft, Runs({2: 150, 3: 200, 4: 200}), sft),
         "instruction_following": recipes.instruction_following(
-            dataclasses.replace(rubrics, steps=40), (constraints,), dataclasses.replace(brief, steps=12), (register,)
+            dataclasses.replace(rubrics, steps=60, prompts=32, rows=56), (constraints,), dataclasses.replace(grpo, steps=8), (register,)
         ),
-        "tool_calling": recipes.tool_calling(Runs({4: 150, 6: 200, 8: 200}), sft, grpo, (Prompts((6, 8)),), candidates=128),
+        "tool_calling": recipes.tool_calling(
+            Runs({4: 150, 6: 200, 8: 200}), sft, dataclasses.replace(grpo, steps=20), (Prompts((6, 8)),), candidates=128
+        ),
         "general": recipes.sft_then_grpo(Runs({2: 150, 3: 200, 4: 200}), sft, rubrics, (Prompts((2, 3, 4)),)),
     }
 
