@@ -25,13 +25,13 @@ def read(path):
 @pytest.mark.parametrize("name", sorted({*DOMAINS, "long_context", "store"}))
 @pytest.mark.parametrize("horizon", (200, 700, 3000))
 def test_the_mean_hits_the_horizon(tmp_path, name, horizon):
-    if name == "engineering" and horizon > 700:
-        pytest.skip("code is run: the shorter ones show it")
+    if name == "engineering" and horizon != 700:
+        pytest.skip("code is run: one length shows it")
     text = generate.generate(name, 8, horizon, tmp_path / "runs.jsonl.gz")
     runs = read(tmp_path / "runs.jsonl.gz")
     assert len(runs) == 8 and all(run.status == FINISHED for run in runs)
     mean = statistics.mean(map(Counter(), runs))
-    loose = horizon == 200 and name in ("engineering", "science")  # their shortest runs have 225
+    loose = horizon == 200 and name == "science"  # its shortest runs have 225
     assert mean == pytest.approx(horizon, rel=0.15 if loose else 0.05) and f"finished mean {mean:.0f} (asked {horizon})" in text
 
 
