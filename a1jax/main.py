@@ -154,9 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
     )
     each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
-    each.add_argument("--domain", metavar="D", required=True, help="search, engineering, science, instruction_following, tool_calling, ...")
+    each.add_argument("--domain", metavar="D", required=True, help="search, ..., general; long_context, store, science_words")
     each.add_argument("--tasks", metavar="N", type=int, required=True, help="runs to write")
-    each.add_argument("--horizon", metavar="TOKENS", type=int, required=True, help="mean length of the finished runs")
+    each.add_argument("--horizon", metavar="TOKENS", type=int, required=True, help="mean length of the finished runs, from the question on")
     each.add_argument("--out", metavar="FILE", required=True, help="the .jsonl or .jsonl.gz to write")
     each.add_argument("--seed", metavar="S", type=int, default=0, help="of the first task (default: 0)")
     each.add_argument("--split", choices=("train", "heldout"), default="train", help="default: train")

@@ -96,7 +96,8 @@ class ScienceTask(Task):
         if not near(got.value, wanted.value):
             return Outcome(False, 0.0, "answer: wrong")
         looked = {str(r.action["arguments"].get("object")).strip() for r in trajectory.records if r.action and r.action["name"] == "lookup"}
-        missing = [name for name in self.evidence if name not in looked & consulted(trajectory)]
+        looked &= consulted(trajectory)
+        missing = [name for name in self.evidence if name not in looked]
         if missing and self.tools:
             return Outcome(False, 0.0, f"evidence: {missing[0]} was never looked up")
         return Outcome(True, 1.0, "answer and evidence: accepted" if self.tools else "answer: accepted")

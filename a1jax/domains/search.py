@@ -116,8 +116,9 @@ class SearchTask(Task):
             return Outcome(False, 0.0, "answer: none given")
         if answer != self.answer:
             return Outcome(False, 0.0, "answer: wrong")
-        read = {r.action["arguments"].get("title", "").strip() for r in trajectory.records if r.action and r.action["name"] == "read_page"}
-        missing = [e for e in self.evidence if e not in read & consulted(trajectory)]
+        read = {str(r.action["arguments"].get("title")).strip() for r in trajectory.records if r.action and r.action["name"] == "read_page"}
+        read &= consulted(trajectory)
+        missing = [e for e in self.evidence if e not in read]
         if missing:
             return Outcome(False, 0.0, f"evidence: {missing[0]} was never read")
         return Outcome(True, 1.0, "answer and evidence: accepted")

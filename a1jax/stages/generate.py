@@ -116,22 +116,23 @@ def runs(
 def careless(task: Task, run: Trajectory, seed: int) -> Trajectory | None:
     """The expert's run gone wrong in one of the ways of CARELESS, really played; None where the verifier accepts all of them."""
     *turns, answer = turns_of(task, run)
-    middle = len(turns) // 2
+    middle, wrong = len(turns) // 2, [*turns, Turn(answer.thought, answer=NO_ANSWERS[1])]
     ways = {
-        "wrong value": _wrong_value(turns, answer),
+        "wrong value": _wrong_value(turns, answer) or wrong,
         "skipped step": [*turns[:middle], *turns[middle + 1 :], answer],
         "early stop": [*turns[:middle], Turn("", answer=answer.answer if turns else answer.answer[: len(answer.answer) // 2])],
     }
-    for i in range(len(CARELESS)):
-        kind = CARELESS[(seed + i) % len(CARELESS)]
-        failed = play(task, ways[kind])
+    order = [CARELESS[(seed + i) % len(CARELESS)] for i in range(len(CARELESS))]
+    tries = [*((kind, ways[kind]) for kind in order), ("wrong value", wrong)]  # some verifiers judge the answer alone
+    for kind, tried in tries:
+        failed = play(task, tried)
         if failed.status != FINISHED:
             return dataclasses.replace(failed, metadata={**failed.metadata, "careless": kind})
     return None
 
 
-def _wrong_value(turns: Sequence[Turn], answer: Turn) -> list[Turn]:
-    """One call, as near to the middle as can be, takes the value of another one to the same tool; else the answer is wrong."""
+def _wrong_value(turns: Sequence[Turn], answer: Turn) -> list[Turn] | None:
+    """One call, as near to the middle as can be, takes the value of another one to the same tool; None where there are no two."""
     calls = [(i, turn.call, list(turn.call.arguments)[-1]) for i, turn in enumerate(turns) if turn.call and turn.call.arguments]
     for i, call, last in sorted(calls, key=lambda each: abs(each[0] - len(turns) // 2)):
         others = (other.arguments[last] for _, other, _ in calls if other.name == call.name)
@@ -139,7 +140,7 @@ def _wrong_value(turns: Sequence[Turn], answer: Turn) -> list[Turn]:
         if wrong is not None:
             slip = dataclasses.replace(turns[i], call=Call(call.name, {**call.arguments, last: wrong}))
             return [*turns[:i], slip, *turns[i + 1 :], answer]
-    return [*turns, Turn(answer.thought, answer=NO_ANSWERS[1])]
+    return None
 
 
 def listed(found: collections.Counter[str]) -> str:

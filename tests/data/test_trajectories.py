@@ -73,9 +73,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         trajectories.write(tmp_path / "x.jsonl", broken())
-    assert not (tmp_path / "x.jsonl").exists() and trajectories.files_of([tmp_path / ".x.jsonl.part"])
-    with pytest.raises(DataError):
-        trajectories.read_all(tmp_path)  # a part is no run file
+    assert not list(tmp_path.iterdir())
 
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -10,7 +10,7 @@ from a1jax.domains import DOMAINS, LongContext, Outcome, Search, ToolGraph, solv
 from a1jax.domains.acceptance import RULES, accept, play, spread, turns_of
 from a1jax.domains.base import consulted, final_answer, in_split
 from a1jax.domains.engineering import Engineering
-from a1jax.domains.science_words import WordProblems
+from a1jax.domains.science_words import WordProblems, parse
 from a1jax.domains.search import SearchTask
 
 MOODS = itertools.count()
@@ -120,8 +120,8 @@ def test_tools_that_show_no_evidence_cover_none():
 def test_a_calculator_shows_no_evidence(tmp_path):
     row = {"question": "Two boxes of 3 and one of 4?", "answer": "2*3=<<2*3=6>>6\n6+4=<<6+4=10>>10\n#### 10"}
     (tmp_path / "words.jsonl").write_text(json.dumps(row))
-    splits = [split for split in ("train", "heldout") if in_split(f"{row['question']}", "10", split)]
-    task = WordProblems(path=str(tmp_path / "words.jsonl")).propose(0, 2, splits[0])
+    split = "train" if in_split(parse(row).key, "10", "train") else "heldout"
+    task = WordProblems(path=str(tmp_path / "words.jsonl")).propose(0, 2, split)
     assert task.tools and accept(task).accepted
 
 

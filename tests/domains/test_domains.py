@@ -191,9 +191,10 @@ def test_tools_and_users_answer_whatever_comes(name):
                 assert not seen.error or (after == before and len(seen.text.splitlines()) == 1 and len(seen.text) < 400)
                 played.append(said(turn, seen) if isinstance(turn, str) else record(turn, seen))
             state = after
-        last = {"role": "assistant", "content": several[-1] if several and isinstance(several[-1], str) else ""}
-        judged = judge(task, dataclasses.replace(run, messages=(*task.messages(), last), records=tuple(played)))
-        assert judged.reward in (0.0, 1.0) and len(judged.records[-1].outcome.splitlines()) == 1
+        for answer in (task.answer, *(turn for turn in several[-1:] if isinstance(turn, str))):
+            messages = (*task.messages(), {"role": "assistant", "content": answer})
+            judged = judge(task, dataclasses.replace(run, messages=messages, records=tuple(played)))
+            assert judged.reward in (0.0, 1.0) and len(judged.records[-1].outcome.splitlines()) == 1
 
     answers()
 

@@ -13,6 +13,8 @@ from a1jax.config import ConfigError
 from a1jax.data import trajectories
 from a1jax.domains import DOMAINS, solve
 from a1jax.domains.acceptance import turns_of
+from a1jax.domains.base import in_split
+from a1jax.domains.science_words import WordProblems, parse
 from a1jax.stages import generate
 from a1jax.stages.horizon import Counter, Plan
 from a1jax.types import FAILED, FINISHED
@@ -25,13 +27,13 @@ def read(path):
 @pytest.mark.parametrize("name", sorted({*DOMAINS, "long_context", "store"}))
 @pytest.mark.parametrize("horizon", (200, 700, 3000))
 def test_the_mean_hits_the_horizon(tmp_path, name, horizon):
-    if name == "engineering" and horizon > 700:
-        pytest.skip("code is run: the shorter ones show it")
+    if name == "engineering" and horizon != 700:
+        pytest.skip("code is run: one length shows it")
     text = generate.generate(name, 8, horizon, tmp_path / "runs.jsonl.gz")
     runs = read(tmp_path / "runs.jsonl.gz")
     assert len(runs) == 8 and all(run.status == FINISHED for run in runs)
     mean = statistics.mean(map(Counter(), runs))
-    loose = horizon == 200 and name in ("engineering", "science")  # their shortest runs have 225
+    loose = horizon == 200 and name == "science"  # its shortest runs have 225
     assert mean == pytest.approx(horizon, rel=0.15 if loose else 0.05) and f"finished mean {mean:.0f} (asked {horizon})" in text
 
 
@@ -81,6 +83,14 @@ def test_where_no_value_can_be_mixed_up_the_answer_is_wrong():
     task = DOMAINS["instruction_following"].propose(1, 3)
     failed = generate.careless(task, solve(task), 0)
     assert failed.metadata["careless"] == "wrong value" and failed.messages[-1]["content"] == "none of these is it"
+
+
+def test_where_the_answer_alone_is_judged_the_answer_is_wrong(tmp_path):
+    row = {"question": "Two boxes of 3 and one of 4?", "answer": "2*3=<<2*3=6>>6\n6+4=<<6+4=10>>10\n#### 10"}
+    (tmp_path / "words.jsonl").write_text(json.dumps(row))
+    split = "train" if in_split(parse(row).key, "10", "train") else "heldout"
+    task = WordProblems(path=str(tmp_path / "words.jsonl")).propose(0, 2, split)
+    assert all(generate.careless(task, solve(task), seed).metadata["careless"] == "wrong value" for seed in range(3))
 
 
 def test_reasons_are_grouped_by_what_stands_before_the_colon():
