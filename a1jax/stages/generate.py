@@ -20,9 +20,11 @@ from ..domains.acceptance import NO_ANSWERS, accept, play, turns_of
 from ..domains.base import Domain, Split, Task, Turn, solve
 from ..domains.long_context import four_characters
 from ..domains.science_words import WordProblems
+from ..domains.search_corpus import CorpusSearch
 from ..types import FINISHED, Trajectory
 
 FAMILIES: dict[str, Domain] = {**DOMAINS, "long_context": LongContext(), "store": Store(), "science_words": WordProblems()}
+FAMILIES["search_corpus"] = CorpusSearch()  # needs --set corpus=PATH
 CARELESS = ("wrong value", "skipped step", "early stop")
 TOLERANCE = 0.15  # of the target, by which the shortest or longest runs of a family may miss it
 MOST_STEPS = 1 << 14
