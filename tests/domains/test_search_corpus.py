@@ -31,7 +31,7 @@ def write(path, records):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """60 pages, each of 12 words out of 300 several times; numeric ids, hubs, unknown links, an empty page, titles alike in pairs."""
+    """60 pages, each of 12 words out of 300 several times; numeric ids, hubs, dead ends, twins, unknown links, an empty page, some titles alike."""
     rng, pages = np.random.default_rng(0), []
     syllables = [a + b for a in "bcdfghklmn" for b in "aeiou"]
     vocabulary = [syllables[i % 50] + syllables[(7 * i) % 50] + syllables[(i // 50) % 50] for i in range(300)]
@@ -39,7 +39,10 @@ def small(tmp_path_factory):
         own = [vocabulary[int(j)] for j in rng.choice(300, 30, replace=False)]
         text = " ".join(w for k, w in enumerate(own) for _ in range(1 + k % 5))
         links = [str(int(j)) for j in rng.choice(60, 14, replace=False)] + ["nowhere", str(i)]
-        pages.append({"id": str(i), "title": f"Topic {'north' if i % 2 else 'south'} {i // 2}", "text": text, "links": links})
+        pages.append({"id": str(i), "title": f"Topic {i - i % 2 if i < 30 else i}", "text": text, "links": links})
+    for i in range(10):
+        pages[40 + i]["text"] = pages[30 + i]["text"] + " 0 1 2" * 30  # never the first hit
+        pages[6 * i]["links"] = pages[6 * i]["links"][:1]
     pages[7]["text"] = ""
     pages[9]["links"] = [str(i) for i in range(60)]
     return write(tmp_path_factory.mktemp("corpus") / "pages.jsonl", pages)
