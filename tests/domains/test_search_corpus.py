@@ -31,7 +31,7 @@ def write(path, records):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """60 pages, each of 12 words out of 300 several times; numeric ids, hubs, dead ends, twins, unknown links, an empty page, some titles alike."""
+    """60 pages, each of 30 words out of 300; numeric ids, hubs, dead ends, twins, unknown links, an empty page, some titles alike."""
     rng, pages = np.random.default_rng(0), []
     syllables = [a + b for a in "bcdfghklmn" for b in "aeiou"]
     vocabulary = [syllables[i % 50] + syllables[(7 * i) % 50] + syllables[(i // 50) % 50] for i in range(300)]
