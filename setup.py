@@ -21,6 +21,7 @@ setup(
     package_dir={f"a1jax.kernels.{op}": f"kernels/{op}" for op in OPS},
     package_data={"a1jax": ["**/*.json", "**/*.jsonl", "**/*.jinja", "**/*.txt"]},
     install_requires=[
+        "bm25s",
         "flax",
         "grain",
         "importlib_resources",  # tensorflow-datasets needs it and does not declare it

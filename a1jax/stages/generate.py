@@ -19,10 +19,12 @@ from ..domains import DOMAINS, LongContext, Store
 from ..domains.acceptance import NO_ANSWERS, accept, play, turns_of
 from ..domains.base import Call, Domain, Split, Task, Turn
 from ..domains.science_words import WordProblems
+from ..domains.search_corpus import CorpusSearch
 from ..types import FINISHED, Trajectory
 from .horizon import LONGEST, Counter, Plan, plan
 
 FAMILIES: dict[str, Domain] = {**DOMAINS, "long_context": LongContext(), "store": Store(), "science_words": WordProblems()}
+FAMILIES["search_corpus"] = CorpusSearch()  # needs --set corpus=PATH
 CARELESS = ("wrong value", "skipped step", "early stop")
 REFUSALS = 20  # per wanted task, before a family is given up
 
