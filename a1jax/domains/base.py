@@ -174,6 +174,11 @@ def said(text: str, observation: Observation) -> Record:
     return Record(observation.refs, {"name": SAY, "arguments": {"text": text}}, observation.text, None)
 
 
+def was_said(r: Record) -> bool:
+    """Whether a record is of a turn that a simulated user replied to; a call that a model named SAY was refused like any unknown one."""
+    return r.action is not None and r.action["name"] == SAY and r.outcome is None
+
+
 def record(call: Call, observation: Observation) -> Record:
     """The linked record of one call: state refs are what the arguments and the answer point to in the corpus."""
     outcome = "schema: refused" if observation.error else None
