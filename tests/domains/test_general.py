@@ -225,7 +225,7 @@ def test_a_tool_call_named_like_a_saying_says_nothing():
         call = Call(SAY, said)
         judged = play(TASK, [Turn("", call), *(Turn("", t) if isinstance(t, Call) else Turn("", answer=t) for t in ALL)])
         assert judged.status == FINISHED and not was_said(judged.records[0]) and was_said(judged.records[4])
-    turns = [*FIRST_TWO[:4], Call(SAY, {"text": SURE}), *FIRST_TWO[5:], "x"]
+    turns = [Call(SAY, {"text": SURE}) if t == SURE else t for t in ALL]
     judged = play(TASK, [Turn("", t) if isinstance(t, Call) else Turn("", answer=t) for t in turns])
     assert judged.records[-1].outcome == "policy: cancel $fern without a confirmation, wish 2"
 
