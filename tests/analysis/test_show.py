@@ -173,10 +173,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, words):
     assert error.count("\n") == 1 and ("task-11" not in words or "nearest are task-1," in error)
 
 
-def test_plain_trajectory_files_can_be_read_too(tmp_path, capsys):
+def test_plain_trajectory_files_can_be_read_too(tmp_path, capsys, caplog):
     trajectories.write(tmp_path / "runs.jsonl", [Trajectory("search", "a", MESSAGES[1:2]), Trajectory("search", "b", MESSAGES[1:2])])
     assert main(["show", str(tmp_path / "runs.jsonl"), "--list"]) == 0 and "2 runs" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "runs.jsonl"), "--task", "b"]) == 0 and "page:" not in capsys.readouterr().out
+    with open(tmp_path / "runs.jsonl", "a") as file:
+        file.write("{}\n")
+    assert main(["show", str(tmp_path / "runs.jsonl")]) == 0 and "2 runs" in capsys.readouterr().out
+    assert "could not be read: 1" in caplog.text and "runs.jsonl:3" in caplog.text
     assert main(["show", str(tmp_path / "none.jsonl"), "--task", "b"]) == 2
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps({}))
