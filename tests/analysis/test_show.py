@@ -95,6 +95,9 @@ def test_a_reply_of_a_simulated_user_is_the_record_of_the_turn_before():
         {"role": "assistant", "content": "done"},
     )
     assert [t.records for t in reading.turns(Trajectory("general", "t", messages, records=(said,)))] == [(said,), (), ()]
+    garbled = ({"role": "assistant", "content": "<tool_call>"}, {"role": "tool", "name": "parser", "content": "error: ..."})
+    found = reading.turns(Trajectory("general", "t", (*garbled, *messages), records=(said,)))
+    assert [t.records for t in found] == [(), (), (said,), (), ()]  # what could not be read was not said
 
 
 def test_print_shows_turns_masks_records_and_rewards_and_no_control_characters():
