@@ -49,7 +49,7 @@ def turns(run: Trajectory, tokenizer: Tokenizer | None = None) -> list[Turn]:
             out.append(Turn(role, "", _spoken(message), True, tokens, logp, caused))
         else:
             kind = ERROR if role == "tool" and _refused(message, out) else OBSERVATION if role == "tool" else TEXT
-            out.append(Turn(role, message.get("name") or "", ((kind, visible(message.get("content"))),), False, gap, None, caused))
+            out.append(Turn(role, visible(message.get("name")), ((kind, visible(message.get("content"))),), False, gap, None, caused))
             gap = None
     spoken = sum(turn.role == "assistant" for turn in out)
     for i, (tokens, logp) in enumerate(written, start=spoken):

@@ -121,6 +121,8 @@ def test_the_page_is_well_formed_and_says_the_same_with_everything_escaped(read_
     found = read_page(show.to_html(one))
     assert "<script>alert(1)</script> [red]&amp; \\x1b[31m \\ud800" in found.text and "script" not in found.tags
     assert found.tags.count("section") == 8 and "answer: wrong" in found.text and "rubrics met" in found.text
+    odd = Trajectory("search", "t", ({"role": "tool", "name": EVIL, "content": "x"},))
+    show.to_html(Kept("", odd)).encode("utf-8")  # a file of another's may hold a tool's name that no file can hold
 
 
 def test_the_ids_are_shown_shaded_where_the_tokenizer_is_theirs(domain_tokenizer: Tokenizer, read_page):
