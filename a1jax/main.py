@@ -114,12 +114,17 @@ def show(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Writes the page of each run, finished or not, and prints the table of all of them together."""
+    """Writes the page of each run, finished or not, and prints the table of all of them that have judged a model."""
     from a1jax.analysis import page, seeds
 
-    for folder in args.runs:
-        print(page.write(pathlib.Path(folder)))
-    print("\n" + seeds.table([pathlib.Path(folder) for folder in args.runs]))
+    folders = [pathlib.Path(folder) for folder in args.runs]
+    for folder in folders:
+        print(page.write(folder))
+    waiting = [folder for folder in folders if not page.read_scores(folder)]
+    for folder in waiting:
+        print(f"{folder}: no model has been judged yet")
+    if len(waiting) < len(folders):
+        print("\n" + seeds.table([folder for folder in folders if folder not in waiting]))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from ..data.tokenizer import Tokenizer
 from ..stages import kept_runs
 from ..types import Trajectory
 
+log = logging.getLogger(__name__)
 FIRST = "student"  # whose run is shown where no model is named
 PLACES = ("evaluations", "admission", kept_runs.FOLDER)
 
@@ -42,10 +44,15 @@ def files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def every(path: pathlib.Path, model: str | None = None) -> Iterator[Kept]:
-    """All runs of a run folder or of trajectory files. Raises ConfigError for a model that is not there, DataError for no runs at all."""
+    """All runs of a run folder or of trajectory files. Raises ConfigError for a model that is not there, DataError for no files at all.
+
+    Records of trajectory files that are no runs are skipped, which the log says."""
     found = _of_model(path, model)
     if not found:
-        yield from (Kept("", run) for run in trajectories.read(path)[0])
+        runs, report = trajectories.read(path)
+        yield from (Kept("", run) for run in runs)
+        if report.skipped:
+            log.warning("records that could not be read: %d (%s)", report.skipped, "; ".join(report.lines()[:3]))
     for name, file in found.items():
         yield from (Kept(name, run) for run in kept_runs.read(file))
 

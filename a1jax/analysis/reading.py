@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..data.tokenizer import Tokenizer
+from ..domains.base import was_said
 from ..stages import kept_runs
 from ..stages.evaluate import PARSER, REFUSED
 from ..types import Record, Trajectory
@@ -48,7 +49,7 @@ def turns(run: Trajectory, tokenizer: Tokenizer | None = None) -> list[Turn]:
             out.append(Turn(role, "", _spoken(message), True, tokens, logp, caused))
         else:
             kind = ERROR if role == "tool" and _refused(message, out) else OBSERVATION if role == "tool" else TEXT
-            out.append(Turn(role, message.get("name") or "", ((kind, visible(message.get("content"))),), False, gap, None, caused))
+            out.append(Turn(role, visible(message.get("name")), ((kind, visible(message.get("content"))),), False, gap, None, caused))
             gap = None
     spoken = sum(turn.role == "assistant" for turn in out)
     for i, (tokens, logp) in enumerate(written, start=spoken):
@@ -125,10 +126,12 @@ def _gaps(kept: dict[str, Any]) -> list[int]:
 
 
 def _caused(message: dict[str, Any], records: list[Record]) -> tuple[Record, ...]:
-    """The records of the calls in a message, taken off ``records``; a turn that a simulated user replied to has one too."""
+    """The records of the calls in a message, taken off ``records``; a turn that a simulated user replied to has one too, one that could
+    not be read has none."""
     names = [(c.get("function") or c).get("name") for c in message.get("tool_calls") or ()]
     if message["role"] == "assistant" and not names:
-        names = ["say"]
+        mine = records and was_said(records[0]) and records[0].action["arguments"].get("text") == message.get("content")
+        return (records.pop(0),) if mine else ()
     found = []
     for name in names:
         if records and records[0].action is not None and records[0].action.get("name") == name:

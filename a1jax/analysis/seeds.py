@@ -14,24 +14,27 @@ from . import behaviour, page
 
 
 def read(workdirs: Sequence[pathlib.Path]) -> dict[str, dict[str, dict]]:
-    """Name of the run -> model -> domain -> score. Raises ConfigError for a folder without evaluations or one given twice."""
+    """Folder of the run, in full -> model -> domain -> score. Raises ConfigError for a folder without evaluations or one given twice."""
     out: dict[str, dict[str, dict]] = {}
     for folder in map(pathlib.Path, workdirs):
         scores = page.read_scores(folder)
         if not scores:
             raise ConfigError(f"{folder}: no evaluations of a run; give the folders of runs that have judged their models")
-        if str(folder) in out:
+        if str(folder.resolve()) in out:
             raise ConfigError(f"{folder}: given twice; its runs would be counted twice")
-        out[str(folder)] = scores
+        out[str(folder.resolve())] = scores
     return out
 
 
 def pooled(scores: Sequence[dict[str, dict]], model: str, domain: str) -> dict[str, Any]:
-    """{"n", "success", "low", "high", "each"}: successes and n summed over the runs that judged this pair, and each run's success."""
-    found = [s[model][domain] for s in scores if domain in s.get(model, {})]
+    """{"n", "success", "low", "high", "each"}: successes and n summed over the runs that judged this pair; each run's success or None.
+
+    The interval takes every judged run for independent; seeds that share their held-out tasks are less so."""
+    each = [s.get(model, {}).get(domain) for s in scores]
+    found = [s for s in each if s is not None]
     n, wins = sum(s["n"] for s in found), round(sum(s["success"] * s["n"] for s in found))
     low, high = wilson(wins, n)
-    return {"n": n, "success": wins / max(1, n), "low": low, "high": high, "each": [s["success"] for s in found]}
+    return {"n": n, "success": wins / max(1, n), "low": low, "high": high, "each": [s and s["success"] for s in each]}
 
 
 def rows(workdirs: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
@@ -52,12 +55,13 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
     cells = [["domain", "model", "n", "success [95 %]", "by run"]]
     for r in found:
         success = f"{100 * r['success']:.1f} [{100 * r['low']:.0f}-{100 * r['high']:.0f}]"
-        cells.append([r["domain"], r["model"], str(r["n"]), success, "  ".join(f"{100 * x:.1f}" for x in r["each"])])
+        cells.append([r["domain"], r["model"], str(r["n"]), success, "  ".join("-" if x is None else f"{100 * x:.1f}" for x in r["each"])])
     widths = [max(len(row[i]) for row in cells) for i in range(5)]
     padded = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in cells]
     lines = ["  ".join(row) for row in padded]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(["Success on held-out tasks in percent, pooled over runs.", "", *lines, "", *_means(found), *_sources(workdirs)])
+    head = "Success on held-out tasks in percent, pooled over runs; Wilson intervals as if all n were independent (seeds may share tasks)."
+    return "\n".join([head, "", *lines, "", *_means(found), *_sources(workdirs)])
 
 
 def _means(found: list[dict[str, Any]]) -> list[str]:

@@ -153,7 +153,7 @@ def _outcome(run: Trajectory) -> Text:
 def _heading(at: int, turn: Turn) -> Text:
     size = f"{turn.tokens} tokens" if turn.tokens is not None else ""
     logp = f"mean log-probability {turn.logp:.3f}" if turn.logp is not None else ""
-    told = "  ".join(filter(None, (f"{turn.role} {reading.visible(turn.name)}".strip(), size, logp)))
+    told = "  ".join(filter(None, (f"{turn.role} {turn.name}".strip(), size, logp)))
     return Text(f"{at:>3} {told}", "bold green" if turn.looked else "bold")
 
 

@@ -18,7 +18,8 @@ import re
 from collections.abc import Sequence
 
 from ..types import Trajectory
-from .base import Call, Task, Turn, call_message, consulted, judge, record, said, solve, tool_message, user_message
+from . import base
+from .base import Call, Task, Turn, consulted, solve
 
 RULES = ("verifiable", "valid", "process-informative", "evidence-covering", "unambiguous")
 NO_ANSWERS = ("", "none of these is it")
@@ -60,22 +61,8 @@ def turns_of(task: Task, run: Trajectory) -> list[Turn]:
 
 
 def play(task: Task, turns: Sequence[Turn]) -> Trajectory:
-    """Take these turns in the real environment, whatever it answers, and judge the run. It ends where the task's user ends it."""
-    state, messages, records = task.reset(), list(task.messages()), []
-    for number, turn in enumerate(turns):
-        if turn.call is None:
-            messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
-            state, observation = task.reply(state, turn.answer)
-            if observation is None:
-                break
-            messages.append(user_message(observation))
-            records.append(said(turn.answer, observation))
-        else:
-            messages.append(call_message(number, turn.thought, turn.call))
-            state, observation = task.step(state, turn.call)
-            messages.append(tool_message(number, turn.call.name, observation))
-            records.append(record(turn.call, observation))
-    return judge(task, Trajectory(task.domain, task.task_id, tuple(messages), task.tools, tuple(records)))
+    """``base.play`` of turns that were chosen beforehand."""
+    return base.play(task, (turn for turn in turns))
 
 
 def spread(count: int, most: int) -> list[int]:

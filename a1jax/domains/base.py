@@ -8,6 +8,7 @@ Everything is seeded: the same (seed, steps, split) gives the same task on every
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Generator, Sequence
@@ -174,6 +175,11 @@ def said(text: str, observation: Observation) -> Record:
     return Record(observation.refs, {"name": SAY, "arguments": {"text": text}}, observation.text, None)
 
 
+def was_said(r: Record) -> bool:
+    """Whether a record is of a turn that a simulated user replied to; a call that a model named SAY was refused like any unknown one."""
+    return r.action is not None and r.action["name"] == SAY and r.outcome is None
+
+
 def record(call: Call, observation: Observation) -> Record:
     """The linked record of one call: state refs are what the arguments and the answer point to in the corpus."""
     outcome = "schema: refused" if observation.error else None
@@ -190,9 +196,17 @@ def final_answer(trajectory: Trajectory) -> str | None:
 
 def solve(task: Task) -> Trajectory:
     """Let the task's expert act in the real environment; the verifier then judges the run like any other."""
-    state, expert, messages, records = task.reset(), task.expert(), list(task.messages()), []
-    turn, number = next(expert), 0
-    while True:
+    return play(task, task.expert())
+
+
+def play(task: Task, turns: Generator[Turn, Observation, None]) -> Trajectory:
+    """Take turns in the real environment, whatever it answers, and judge the run. It ends with them, or where the task's user ends it."""
+    state, messages, records, observation = task.reset(), list(task.messages()), [], None
+    for number in itertools.count():
+        try:
+            turn = turns.send(observation)
+        except StopIteration:
+            break
         if turn.call is None:
             messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.thought})
             state, observation = task.reply(state, turn.answer)
@@ -205,7 +219,6 @@ def solve(task: Task) -> Trajectory:
             state, observation = task.step(state, turn.call)
             messages.append(tool_message(number, turn.call.name, observation))
             records.append(record(turn.call, observation))
-        turn, number = expert.send(observation), number + 1
     return judge(task, Trajectory(task.domain, task.task_id, tuple(messages), task.tools, tuple(records)))
 
 

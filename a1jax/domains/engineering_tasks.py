@@ -7,6 +7,7 @@ many, and their mark is the objective against that of a reference method. Column
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,6 +130,8 @@ def mark_climb(source: list[int], answer: Any, n: int) -> float:
 def mark_line(source: list[int], answer: Any, n: int) -> float:
     """Least squares: [a, b] of a + b * row. Reference: the normal equations."""
     a, b = (float(v) for v in answer)
+    if not (math.isfinite(a) and math.isfinite(b)):  # float reads the word "nan", against which every line would win
+        return 0.0
     rows, values = np.arange(len(source)), np.asarray(source, float)
     slope, start = np.polyfit(rows, values, 1)
     best, got = (float(np.sum((values - p - q * rows) ** 2)) for p, q in ((start, slope), (a, b)))

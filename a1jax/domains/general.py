@@ -21,7 +21,7 @@ from ..types import Trajectory
 from . import general_expert
 from . import general_policy as policies
 from . import general_user as users
-from .base import SAY, Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, tool
+from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, tool, was_said
 from .general_policy import AFTER, KINDS, NO_MATCH, OK, STATES, Order, Policy
 from .general_user import Wish
 from .general_wishes import Book
@@ -154,7 +154,7 @@ class GeneralTask(Task):
         """The state after the run's calls and sayings, done anew on the initial database."""
         state = self.reset()
         for r in trajectory.records:
-            if r.action is not None and r.action["name"] == SAY:
+            if was_said(r):
                 state, _ = self.reply(state, r.action["arguments"]["text"])
             elif r.action is not None:
                 state, _ = self.step(state, Call(r.action["name"], r.action["arguments"]))

@@ -86,7 +86,7 @@ def answer(wish: Wish, told: frozenset[str], text: str) -> tuple[str, frozenset[
 
 
 def _confirm(wish: Wish, told: frozenset[str], text: str) -> tuple[str, frozenset[str], bool]:
-    """A confirmation counts only where the question names the kind, the order and the value, and no other."""
+    """A confirmation counts only where the question names the kind, the order and the value, and no other order or value."""
     wanted = {name for name in (wish.order, wish.value) if name}
     if set(_NAMES.findall(text)) != wanted or not re.search(rf"\b{wish.kind}", text, re.IGNORECASE):
         return WRONG, told, False

@@ -73,7 +73,7 @@ def parse(row: dict) -> Problem | None:
 def read(path: str) -> tuple[Problem, ...]:
     """Every usable problem of a file (plain or .gz). Raises ConfigError with file and line for one that is not of the form."""
     if not pathlib.Path(path).is_file():
-        raise ConfigError(f"science word problems: there is no file {path!r}")
+        raise ConfigError(f"science word problems: there is no file {path!r}; set path to a .jsonl or .jsonl.gz file of them")
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             text = file.read()

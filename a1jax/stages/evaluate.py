@@ -69,9 +69,11 @@ def score(rollouts: Sequence[Rollout], steps: Sequence[int], stops: Sequence[str
 
 
 def tool_errors(trajectory: Trajectory) -> int:
-    """Calls that a schema or a tool refused, and turns that the parser could not read."""
-    refused = sum(r.action is not None and (r.outcome or "").startswith(REFUSED) for r in trajectory.records)
-    return refused + sum(m.get("role") == "tool" and m.get("name") == PARSER for m in trajectory.messages)
+    """Calls that a schema or a tool refused, and turns that the parser could not read. No tool is named PARSER: a call of one is refused
+    and its answer counted with the parser's."""
+    refused = [r.action for r in trajectory.records if r.action is not None and (r.outcome or "").startswith(REFUSED)]
+    unread = sum(m.get("role") == "tool" and m.get("name") == PARSER for m in trajectory.messages)
+    return sum(action["name"] != PARSER for action in refused) + unread
 
 
 def run(

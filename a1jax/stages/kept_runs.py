@@ -11,12 +11,14 @@ import itertools
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..data import trajectories
+from ..data.errors import DataError
 from ..types import Rollout, Trajectory
 
 KEY, SUFFIX = "rollout", ".runs.jsonl.gz"
@@ -59,12 +61,15 @@ def write(path: pathlib.Path, runs: Iterable[Trajectory]) -> int:
 
 
 def scan(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(task id, line) of every run of a file, without reading what else is in the line."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            match = _TASK.search(line)
-            if match:
-                yield json.loads(match[1]), line
+    """(task id, line) of every run of a file, without reading what else is in the line. Raises DataError for a damaged file."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                match = _TASK.search(line)
+                if match:
+                    yield json.loads(match[1]), line
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path}: unreadable file: {error}") from None
 
 
 _TASK = re.compile(r'"task_id": ("(?:[^"\\]|\\.)*")')  # ``trajectories.to_json`` writes it before everything that is long

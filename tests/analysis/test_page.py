@@ -8,6 +8,7 @@ from a1jax import metrics, provenance
 from a1jax.analysis import behaviour, figures, page
 from a1jax.analysis.figures import Bars, Figure, Line, Panel
 from a1jax.config import ConfigError
+from a1jax.main import main
 from a1jax.stages.evaluate import wilson
 
 
@@ -114,8 +115,9 @@ def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):
     assert "3 x abacus" in ended and "finished, started" in ended
 
 
-def test_a_run_that_has_hardly_begun_has_a_page_and_no_run_has_none(tmp_path, read_page):
+def test_a_run_that_has_hardly_begun_has_a_page_and_no_run_has_none(tmp_path, read_page, capsys):
     provenance.start(tmp_path, provenance.collect(["run", "x.py"], None))
+    assert main(["report", str(tmp_path)]) == 0 and f"{tmp_path}: no model has been judged yet" in capsys.readouterr().out
     assert "No model has been judged yet" in read_page(page.write(tmp_path).read_text()).text
     with pytest.raises(ConfigError, match="no run"):
         page.write(tmp_path / "elsewhere")

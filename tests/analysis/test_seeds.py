@@ -20,13 +20,14 @@ def test_successes_and_n_are_summed_and_every_run_is_named(tmp_path):
     sft, student = seeds.rows(runs)
     low, high = wilson(21, 40)  # not the mean of 0.9 and 0.4
     assert student == {"domain": "search", "model": "student", "n": 40, "success": 21 / 40, "low": low, "high": high, "each": [0.9, 0.4]}
-    assert (sft["n"], sft["each"]) == (10, [0.3])
+    assert (sft["n"], sft["each"]) == (10, [None, 0.3])
     text = seeds.table(runs)
     assert "52.5 [37-67]" in text and "90.0  40.0" in text and "mean over domains, student: 52.5" in text
+    assert next(line for line in text.splitlines() if " sft " in line).split()[-2:] == ["-", "30.0"]  # which run it is can be told
 
 
 def test_runs_that_cannot_be_pooled_are_refused(tmp_path):
     run = fill(tmp_path / "0", 9)
-    for folders, words in (([run, run], "twice"), ([run, tmp_path / "no"], "no evaluations")):
+    for folders, words in (([run, run], "twice"), ([run, tmp_path / "0/../0"], "twice"), ([run, tmp_path / "no"], "no evaluations")):
         with pytest.raises(ConfigError, match=words):
             seeds.read(folders)

@@ -95,6 +95,9 @@ def test_a_reply_of_a_simulated_user_is_the_record_of_the_turn_before():
         {"role": "assistant", "content": "done"},
     )
     assert [t.records for t in reading.turns(Trajectory("general", "t", messages, records=(said,)))] == [(said,), (), ()]
+    garbled = ({"role": "assistant", "content": "<tool_call>"}, {"role": "tool", "name": "parser", "content": "error: ..."})
+    found = reading.turns(Trajectory("general", "t", (*garbled, *messages), records=(said,)))
+    assert [t.records for t in found] == [(), (), (said,), (), ()]  # what could not be read was not said
 
 
 def test_print_shows_turns_masks_records_and_rewards_and_no_control_characters():
@@ -118,6 +121,8 @@ def test_the_page_is_well_formed_and_says_the_same_with_everything_escaped(read_
     found = read_page(show.to_html(one))
     assert "<script>alert(1)</script> [red]&amp; \\x1b[31m \\ud800" in found.text and "script" not in found.tags
     assert found.tags.count("section") == 8 and "answer: wrong" in found.text and "rubrics met" in found.text
+    odd = Trajectory("search", "t", ({"role": "tool", "name": EVIL, "content": "x"},))
+    show.to_html(Kept("", odd)).encode("utf-8")  # a file of another's may hold a tool's name that no file can hold
 
 
 def test_the_ids_are_shown_shaded_where_the_tokenizer_is_theirs(domain_tokenizer: Tokenizer, read_page):
@@ -173,10 +178,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, words):
     assert error.count("\n") == 1 and ("task-11" not in words or "nearest are task-1," in error)
 
 
-def test_plain_trajectory_files_can_be_read_too(tmp_path, capsys):
+def test_plain_trajectory_files_can_be_read_too(tmp_path, capsys, caplog):
     trajectories.write(tmp_path / "runs.jsonl", [Trajectory("search", "a", MESSAGES[1:2]), Trajectory("search", "b", MESSAGES[1:2])])
     assert main(["show", str(tmp_path / "runs.jsonl"), "--list"]) == 0 and "2 runs" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "runs.jsonl"), "--task", "b"]) == 0 and "page:" not in capsys.readouterr().out
+    with open(tmp_path / "runs.jsonl", "a") as file:
+        file.write("{}\n")
+    assert main(["show", str(tmp_path / "runs.jsonl")]) == 0 and "2 runs" in capsys.readouterr().out
+    assert "could not be read: 1" in caplog.text and "runs.jsonl:3" in caplog.text
     assert main(["show", str(tmp_path / "none.jsonl"), "--task", "b"]) == 2
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text(json.dumps({}))

@@ -253,6 +253,8 @@ def test_optimisation_marks_by_hand():
     assert tasks.mark_climb(column, [15, 31], 0) == 0.0 and tasks.mark_climb(column, [4, 4], 0) == 0.0
     assert mark(tasks.mark_line, [1, 3, 5, 7], [1, 2], 0) == 1.0 and tasks.mark_line([1, 3, 5, 7], [0, 2], 0) < 1e-5
     assert mark(tasks.mark_line, [0, 1, 0, 1], [0.5, 0.0], 0) == 0.8  # best line 0.2 + 0.2 row leaves 0.8, the flat one 1.0
+    for word in ("nan", "inf", float("nan")):  # float takes the words too, and min(1.0, nan) is 1.0
+        assert tasks.mark_line([1, 3, 5, 7], [word, 2], 0) == tasks.mark_line([1, 3, 5, 7], [1, word], 0) == 0.0
 
 
 def test_2_opt_is_as_short_as_all_orders_tried():

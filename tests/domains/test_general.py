@@ -11,7 +11,8 @@ from a1jax.config import ConfigError
 from a1jax.domains import Call, solve
 from a1jax.domains import general_policy as policies
 from a1jax.domains import general_user as users
-from a1jax.domains.base import SAY, consulted, fingerprint, in_split, judge
+from a1jax.domains.acceptance import play
+from a1jax.domains.base import SAY, Turn, consulted, fingerprint, in_split, judge, record, was_said
 from a1jax.domains.general import General, GeneralTask
 from a1jax.domains.general_policy import CLOSINGS, DONE, KEPT, REFUSED, Order, Policy
 from a1jax.domains.general_user import Wish
@@ -59,7 +60,8 @@ def run(*turns, task=TASK):
             records.append(Record((), {"name": SAY, "arguments": {"text": turn}}))
             last = {"role": "assistant", "content": turn}
         else:
-            records.append(Record((), {"name": turn.name, "arguments": turn.arguments}))
+            state, seen = task.step(state, turn)
+            records.append(record(turn, seen))
             last = {"role": "tool", "content": ""}
     answered = last["role"] == "assistant"
     return Trajectory("general", task.task_id, (*task.messages(), last), task.tools, tuple(records[:-1] if answered else records))
@@ -217,6 +219,17 @@ def test_a_violation_is_not_undone_by_the_right_state():
     assert TASK.rubrics(run(*early)) == (False, True, True, True, True, True)
 
 
+def test_a_tool_call_named_like_a_saying_says_nothing():
+    """A model may write a call of any name: replayed as a saying, it would confirm or close a wish that no caller heard of."""
+    for said in ({"text": SURE}, {"text": DONE}, {"text": 5}, {}):
+        call = Call(SAY, said)
+        judged = play(TASK, [Turn("", call), *(Turn("", t) if isinstance(t, Call) else Turn("", answer=t) for t in ALL)])
+        assert judged.status == FINISHED and not was_said(judged.records[0]) and was_said(judged.records[4])
+    turns = [Call(SAY, {"text": SURE}) if t == SURE else t for t in ALL]
+    judged = play(TASK, [Turn("", t) if isinstance(t, Call) else Turn("", answer=t) for t in turns])
+    assert judged.records[-1].outcome == "policy: cancel $fern without a confirmation, wish 2"
+
+
 def test_policy_text_says_what_the_policy_checks():
     text = POLICY.text()
     assert text.endswith(" change if open or packed. cancel if open or sent. refund if lost or cancelled. Confirm first: cancel.")
@@ -260,8 +273,8 @@ texts = st.text(max_size=30) | st.lists(words | st.text(max_size=4), max_size=6)
 json_values = words | st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.lists(st.integers(), max_size=2)
 calls = st.builds(
     Call,
-    st.sampled_from(["verify", "show", "change", "cancel", "refund"]) | st.text(),
-    st.dictionaries(st.sampled_from(["customer", "code", "order", "value"]) | st.text(), json_values, max_size=3),
+    st.sampled_from(["verify", "show", "change", "cancel", "refund", SAY]) | st.text(),
+    st.dictionaries(st.sampled_from(["customer", "code", "order", "value", "text"]) | st.text(), json_values, max_size=3),
 )
 
 

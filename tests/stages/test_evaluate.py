@@ -60,6 +60,8 @@ def test_tool_errors_tokens_and_stops_by_hand():
     runs = [dataclasses.replace(r, tokens=np.zeros(n, np.int32)) for r, n in zip(runs, (10, 20, 60), strict=True)]
     out = evaluate.score(runs, [1, 1, 1], ["early", "late", "early"])
     assert [evaluate.tool_errors(r.trajectory) for r in runs] == [2, 0, 2] and out["tool_errors"] == 4 / 3
+    named = Record((), {"name": "parser", "arguments": {}}, "error", "schema: refused")  # a call of that name is one error, not two
+    assert evaluate.tool_errors(with_trajectory(unread[:1], [named]).trajectory) == 1
     assert (out["tokens"], out["tokens_p90"]) == (30.0, 52.0)  # of 10, 20, 60: 90 % of the way is 0.8 between 20 and 60
     assert out["stopping"] == {"early": 2, "in_time": 0, "late": 1, "never": 0}
     assert "stopping" not in evaluate.score(runs, [1, 1, 1])

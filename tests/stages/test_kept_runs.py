@@ -37,8 +37,9 @@ def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "a.runs.jsonl.gz"
     kept_runs.write(path, [kept_runs.to_trajectory(run_of())])
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataError, match="a.runs.jsonl.gz"):
-        kept_runs.read(path)
+    for reader in (kept_runs.read, lambda path: list(kept_runs.scan(path))):
+        with pytest.raises(DataError, match="a.runs.jsonl.gz.*unreadable file"):
+            reader(path)
 
 
 def test_chosen_takes_of_every_kind_in_turn():
