@@ -42,7 +42,7 @@ class Desk:
     """The state of a run. wish: number of wishes closed. told, checked, useless: of the wish in progress; checked: the name and
     code that the caller gave went through ``verify``.
 
-    closed: (words, the order as it was then, whether it was looked up) per closed wish. broken: (wish, reason) per call against the policy.
+    closed: (words, the order as it was then, what should have been looked up or asked and was not, else "") per closed wish. broken: (wish, reason) per call against the policy.
     """
 
     orders: dict[str, Order]
@@ -52,7 +52,7 @@ class Desk:
     useless: int = 0
     hung_up: bool = False
     shown: frozenset[str] = frozenset()
-    closed: tuple[tuple[str, Order, bool], ...] = ()
+    closed: tuple[tuple[str, Order, str], ...] = ()
     broken: tuple[tuple[int, str], ...] = ()
 
 
@@ -138,7 +138,10 @@ class GeneralTask(Task):
 
     def _close(self, state: Desk, wish: Wish, words: str) -> tuple[Desk, Observation | None]:
         looked_up = wish.order in state.shown if wish.genuine else state.checked
-        number, closed = state.wish + 1, (*state.closed, (words, state.orders[wish.order], looked_up))
+        missing = "" if looked_up else f"{wish.order if wish.genuine else wish.caller} was never looked up"
+        if words == KEPT and "declined" not in state.told:
+            missing = missing or "the caller was never asked to confirm"
+        number, closed = state.wish + 1, (*state.closed, (words, state.orders[wish.order], missing))
         state = dataclasses.replace(state, wish=number, useless=0, closed=closed)
         if self._over(state):
             return state, None
@@ -174,14 +177,14 @@ class GeneralTask(Task):
         if state.wish < len(self.wishes):
             return f"user: {'hung up on' if state.hung_up else 'still waits for'} wish {state.wish + 1}"
         wanted = dict(self.orders)
-        for number, (wish, (words, order, looked_up)) in enumerate(zip(self.wishes, state.closed, strict=True), 1):
+        for number, (wish, (words, order, missing)) in enumerate(zip(self.wishes, state.closed, strict=True), 1):
             wanted[wish.order] = wish.after
             if order != wish.after:
                 return f"state: {order.text(wish.order)} after wish {number}, should be {wish.after.text(wish.order)}"
             if words != wish.closing:
                 return f"answer: wish {number} was closed with '{words}', should be '{wish.closing}'"
-            if not looked_up:
-                return f"evidence: {wish.order if wish.genuine else wish.caller} was never looked up, wish {number}"
+            if missing:
+                return f"evidence: {missing}, wish {number}"
         wrong = [name for name in wanted if state.orders[name] != wanted[name]]
         return f"state: {state.orders[wrong[0]].text(wrong[0])} in the end, should be {wanted[wrong[0]].text(wrong[0])}" if wrong else None
 
@@ -190,7 +193,7 @@ class GeneralTask(Task):
         state = self._replay(trajectory)
         broken = {number for number, _ in state.broken}
         verdicts = [
-            number not in broken and closed == (wish.closing, wish.after, True)
+            number not in broken and closed == (wish.closing, wish.after, "")
             for number, (wish, closed) in enumerate(zip(self.wishes, state.closed, strict=False))
         ]
         return (*verdicts, *(False for _ in self.wishes[len(verdicts) :]))

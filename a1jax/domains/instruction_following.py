@@ -7,6 +7,7 @@ length knob is the number of constraints. Every proposed task was solved once by
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Generator
 
@@ -133,6 +134,15 @@ def describe(r: Rule) -> str:
     return text.format(**{**a, **lists})
 
 
+def about(text: str) -> str | None:
+    """The first of SUBJECTS that a text names, in any case; None: it names none."""
+    found = _SUBJECT.search(text)
+    return found[0].lower() if found else None
+
+
+_SUBJECT = re.compile(rf"\b(?:{'|'.join(SUBJECTS)})\b", flags=re.IGNORECASE)
+
+
 def signature(r: Rule) -> str:
     """A rule as text, for the split: type and arguments. A repeated request says nothing of its own."""
     return f"{kind(r)} {'' if kind(r) == 'repeat_prompt' else dict(r.arguments)}"
@@ -164,6 +174,9 @@ class InstructionTask(Task):
         broken = [r.name for r, held in zip(self.rules, self.rubrics(trajectory), strict=True) if not held]
         if broken:
             return Outcome(False, 0.0, f"rules: {broken[0]} is broken; {len(self.rules) - len(broken)} of {len(self.rules)} kept")
+        # One text could keep most rules, whatever is asked. Where the rules leave no way to name the subject the expert does not either.
+        if about(self.answer) == self.subject != about(final_answer(trajectory)):
+            return Outcome(False, 0.0, f"subject: the answer is not about the {self.subject}")
         return Outcome(True, 1.0, f"rules: all {len(self.rules)} kept")
 
 

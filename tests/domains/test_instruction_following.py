@@ -12,7 +12,7 @@ from a1jax.config import ConfigError
 from a1jax.domains.base import Call, fingerprint, in_split, judge, solve
 from a1jax.domains.constraints import verdicts
 from a1jax.domains.constraints_rules import RULES
-from a1jax.domains.instruction_following import InstructionFollowing, agree, describe, kind
+from a1jax.domains.instruction_following import SUBJECTS, InstructionFollowing, about, agree, describe, kind
 from a1jax.types import FAILED, FINISHED
 
 DOMAIN = InstructionFollowing()
@@ -89,3 +89,27 @@ def test_a_call_is_answered_that_there_are_no_tools(name, arguments):
     task = DOMAIN.propose(1, 2)
     state, seen = task.step(task.reset(), Call(name, arguments))
     assert state == task.reset() and seen.error and "has none" in seen.text
+
+
+def test_one_text_for_every_request_is_refused():
+    text = '"P.S. P.P.S [a] [b] [c] [d] <<t>> *a* *b* *c* *d* My answer is yes. Section 1 Section 2 SECTION 3 SECTION 4 "'
+    domain, passed = InstructionFollowing(), 0
+    for seed in range(40):
+        task = domain.propose(seed, 1)
+        for answer in (text, f'{text[:-1]}{" ".join(SUBJECTS)}"'):
+            run = dataclasses.replace(solve(task), messages=({"role": "assistant", "content": answer},))
+            if all(task.rubrics(run)):
+                named = about(task.answer) == task.subject
+                passed += task.verify(run).accepted
+                assert (
+                    not named
+                    or task.verify(run).reason == f"subject: the answer is not about the {task.subject}"
+                    or about(answer) == task.subject
+                )
+    assert passed <= 4
+
+
+def test_the_expert_names_the_subject_where_the_rules_let_it():
+    tasks = [InstructionFollowing().propose(seed, 1 + seed % 4) for seed in range(80)]
+    assert sum(about(task.answer) == task.subject for task in tasks) > 60
+    assert about("THE OLD Abbey near the river") == "abbey" and about("The rivers are old") is None
