@@ -272,6 +272,8 @@ class _Session:
         end = int(slots.known[slot])
         arrays = (slots.tokens[slot, :end].copy(), slots.sampled[slot, :end].copy(), slots.logp[slot, :end].copy())
         routes = None if slots.routes is None else slots.routes[slot, :end].copy()
+        if routes is not None:
+            routes[end - 1 :] = -1  # it may have been fed in vain, while a slow tool was waited for
         result = (trajectory.status, trajectory.reward, run.turns, trajectory)
         self.done[run.index] = Rollout(task.task_id, task.domain, *arrays, *result, routes)
         if self.on_done:

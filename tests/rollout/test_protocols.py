@@ -143,6 +143,32 @@ def test_tools_beside_decoding_change_nothing_but_the_time(talk):
     assert_same(quick, reverse)
 
 
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A task that takes its time over an answer."""
+
+    task: object
+    seconds: float
+    blocking = True
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def reply(self, state, text):
+        time.sleep(self.seconds)
+        return self.task.reply(state, text)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_the_last_token_has_no_routes_however_long_its_tool_took(tokenizer, small_model, scripted, task, seconds):
+    tokens, _ = chat.tokenize(tokenizer, list(solve(task).messages))
+    engine = scripted(Engine(small_model, tokenizer, dataclasses.replace(LIMITS, record_routes=True)), [tokens])
+    written, taken = engine.advance, np.zeros((1, small_model.num_layers, small_model.num_experts_active), np.int16)
+    engine.advance = lambda *call: (*written(*call), taken)
+    (run,) = engine.run(None, [Slow(task, seconds)], seed=0)[0]
+    assert run.status == FINISHED and (run.routes[:-1] == 0).all() and (run.routes[-1] == -1).all()
+
+
 def test_known_tokens_in_pieces_or_one_by_one_give_the_same_runs(talk):
     plain = [Talking(QUICKSTART["search"].propose(i, 1 + i % 5)) for i in range(6)]
     one, single = talk(plain, feed_tokens=0)
