@@ -188,7 +188,7 @@ def test_an_aborted_run_begins_anew_and_its_group_keeps_its_samples(talk):
         tasks = [Talking(t, breaks=breaks if i == which else 0) for i, t in enumerate(group)]
         done, counts = talk(tasks)
         assert_same(calm[:which] + calm[which + 1 :], done[:which] + done[which + 1 :])
-        assert counts["aborted"] >= 1 and done[which].tokens.tobytes() != calm[which].tokens.tobytes()
+        assert counts["interruptions"] >= 1 and done[which].tokens.tobytes() != calm[which].tokens.tobytes()
         assert gone or done[which].status != ABORTED
 
 
@@ -219,8 +219,8 @@ def test_programs_that_misbehave_are_stopped_and_the_others_go_on(tokenizer, run
 
 
 def test_counts_of_several_runs_are_those_of_one():
-    one = {"slot_steps": 60, "idle_share": 0.4, "sampled_tokens": 30, "engine_seconds": 2.0, "tokens_per_second": 15.0, "aborted": 1}
-    two = {"slot_steps": 90, "idle_share": 0.1, "sampled_tokens": 60, "engine_seconds": 1.0, "tokens_per_second": 60.0, "aborted": 0}
+    one = {"slot_steps": 60, "idle_share": 0.4, "sampled_tokens": 30, "engine_seconds": 2.0, "tokens_per_second": 15.0, "interruptions": 1}
+    two = {"slot_steps": 90, "idle_share": 0.1, "sampled_tokens": 60, "engine_seconds": 1.0, "tokens_per_second": 60.0, "interruptions": 0}
     both = together([one, two])
-    assert both == {**both, "slot_steps": 150, "sampled_tokens": 90, "engine_seconds": 3.0, "aborted": 1}
+    assert both == {**both, "slot_steps": 150, "sampled_tokens": 90, "engine_seconds": 3.0, "interruptions": 1}
     np.testing.assert_allclose([both["idle_share"], both["tokens_per_second"]], [0.25, 30.0])
