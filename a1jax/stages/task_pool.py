@@ -27,7 +27,7 @@ from . import experts
 @dataclasses.dataclass(frozen=True)
 class Pool:
     candidates: int  # tasks that are tried, or taken as they are ("all")
-    select: Literal["all", "mixed", "near_misses"] = "all"  # mixed: solved and missed; near_misses: not solved, most rubrics met
+    select: Literal["all", "mixed", "near_misses"] = "all"  # mixed: solved and missed; near_misses: seldom solved, most rubrics met
     tries: int = 5  # runs of the starting model per candidate; "all" needs none
     size: int = 0  # tasks kept at most, the first (near_misses: the nearest) of those selected; 0: all of them
 
@@ -36,6 +36,8 @@ class Pool:
             raise ConfigError(
                 f"Pool: candidates {self.candidates} and tries {self.tries} must be at least 1, size {self.size} not negative"
             )
+        if self.select == "mixed" and self.tries < 2:
+            raise ConfigError("Pool.select is 'mixed' and Pool.tries 1; one try cannot be both right and wrong: try at least twice")
         if self.select == "near_misses" and self.size < 1:
             raise ConfigError("Pool.select is 'near_misses'; say how many in Pool.size (the paper takes 64)")
 

@@ -254,3 +254,8 @@ def test_settings_that_make_no_sense_are_refused(changes):
         dataclasses.replace(CFG, **changes)
     with pytest.raises(ConfigError, match="say how many"):
         Pool(candidates=3, select="near_misses")
+    with pytest.raises(ConfigError, match="at least twice"):
+        Pool(candidates=3, select="mixed", tries=1)
+    for lengths in ((), (2, 0)):
+        with pytest.raises(ConfigError, match="Prompts.lengths"):
+            experts.Prompts(lengths)
