@@ -217,7 +217,7 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
         del tx  # equal programs share one compiled step, whatever the rates in tx's state
-        program = optim.program(cfg.optimizer)
+        program = optim.program(cfg.optimizer, cfg.steps * cfg.updates)
         step = jitted_step(setting.model, cfg.objective, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches, program)
 
         def updates(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
