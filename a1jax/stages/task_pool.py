@@ -102,14 +102,7 @@ def _try(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str) -> 
     candidates = tasks.take(0, cfg.candidates)
     repeated = [task for task in candidates for _ in range(cfg.tries)]
     with metrics.progress(f"{name}: tries", total=len(repeated)) as bar:
-        finished = 0
-
-        def on_done(number: int):
-            nonlocal finished
-            finished += number
-            bar.update(finished)
-
-        runs, _ = engine.run(params, repeated, seed=tasks.seed * 1_000_003 + 500_000, on_done=on_done)
+        runs, _ = engine.run(params, repeated, seed=tasks.seed * 1_000_003 + 500_000, on_done=bar.add)
     groups = [_stand_in(runs[i : i + cfg.tries]) for i in range(0, len(runs), cfg.tries)]
     valid = np.asarray([bool(group) for group in groups])
     shape = (len(groups), cfg.tries)
