@@ -126,6 +126,10 @@ class Bar:
         elif self._shown is None or done >= self._total or time.monotonic() - self._last >= self._every:
             self._line()
 
+    def add(self, number: int) -> None:
+        """So many more of the total are behind us."""
+        self.update(self._done + number)
+
     def close(self) -> None:
         """Ends the bar, or prints the last line if it is still to be said."""
         if self._bar is not None:

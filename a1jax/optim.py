@@ -119,11 +119,18 @@ def muon(
     )
 
 
-def program(optimizer: Binding) -> Binding:
+def program(optimizer: Binding, steps: int) -> Binding:
     """The optimizer without what lives in its state: two stages whose programs are equal can share one compiled step.
 
-    Rates and the shape of the schedule are left out for the optimizers above; any other function is its own program.
+    Rates and the shape of the schedule are left out for the optimizers above, so whoever compiles the step may name any number of
+    updates. Any other function may build its schedule into its program: it is bound to ``steps``.
     """
     if optimizer.fn not in (adamw, muon):
-        return optimizer
+        return bind(of_length, optimizer=optimizer, steps=steps)
     return bind(optimizer.fn, **{k: v for k, v in optimizer.kwargs.items() if k not in _IN_STATE})
+
+
+def of_length(specs: Any, any_steps: int, *, optimizer: Binding, steps: int) -> optax.GradientTransformation:
+    """The optimizer for so many steps, whatever is asked for."""
+    del any_steps
+    return optimizer(specs, steps)

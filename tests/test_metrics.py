@@ -125,6 +125,11 @@ def test_progress_without_a_terminal_prints_plain_lines():
             bar.update(step)
     assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == ["sft: 1/3", "sft: 2/3", "sft: 3/3"]
     assert stream.getvalue().splitlines()[-1].endswith("00:00 left")
+    stream = io.StringIO()
+    with metrics.progress("runs", total=6, done=1, every=0.0, stream=stream) as bar:
+        bar.add(2)
+        bar.add(3)
+    assert [line.split(",")[0] for line in stream.getvalue().splitlines()] == ["runs: 3/6", "runs: 6/6"]
 
 
 def test_progress_on_a_terminal_is_a_bar():

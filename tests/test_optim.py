@@ -4,6 +4,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from a1jax import optim, params
@@ -69,11 +70,30 @@ def test_muon_orthogonalises_every_matrix_of_a_stack_and_nothing_else():
 
 def test_stages_that_differ_in_rates_and_length_share_a_program():
     one, two = bind(optim.muon, learning_rate=0.1, warmup=0.2), bind(optim.muon, learning_rate=0.3, final=0.5)
-    assert optim.program(one) == optim.program(two) != optim.program(bind(optim.muon, clip=2.0)) != optim.program(bind(optim.adamw))
+    names = [optim.program(o, n) for o, n in ((one, 5), (two, 9), (bind(optim.muon, clip=2.0), 5), (bind(optim.adamw), 5))]
+    assert names[0] == names[1] != names[2] != names[3] and len({*names}) == 3
     tree = params.init(SPECS, jax.random.key(0))
     made = [optim.muon(SPECS, n, learning_rate=r) for n, r in ((5, 0.1), (9, 0.2))]
     text = [jax.jit(tx.update).lower(tree, tx.init(tree), tree).as_text() for tx in made]
     assert text[0] == text[1]
+
+
+def straight_down(specs, steps, *, rate):
+    """An optimizer of a user's own, with its schedule in its program."""
+    del specs
+    return optax.sgd(optax.linear_schedule(rate, 0.0, steps))
+
+
+def test_another_optimizer_keeps_its_schedule():
+    mine = bind(straight_down, rate=1.0)
+    one, two = optim.program(mine, 4), optim.program(mine, 8)
+    assert one != two and one == optim.program(mine, 4) and hash(one) == hash(optim.program(mine, 4))
+    tx, weight = one(SPECS, 1), {"w": jnp.ones(2)}
+    state, found = tx.init(weight), []
+    for _ in range(5):
+        updates, state = tx.update(weight, state, weight)
+        found.append(float(updates["w"][0]))
+    np.testing.assert_allclose(found, [-1.0, -0.75, -0.5, -0.25, 0.0])
 
 
 @pytest.mark.parametrize("changes", [{"steps": 0}, {"warmup": 1.0}, {"final": 2.0}])

@@ -79,7 +79,8 @@ class Engine:
         Same params, tasks, seed and limits: same rollouts. ABORTED runs are retried ``limits.retries`` times, then returned as such.
         Counts: decode_steps (calls of the model, feed_steps of them with known tokens only), slot_steps (tokens of runs that were fed),
         idle_share (of the tokens those calls had room for, what was not fed), sampled_tokens (also of runs that were not returned),
-        engine_seconds, tool_seconds (waiting for tools with nothing to decode), tokens_per_second (sampled ones), aborted, tool_errors.
+        engine_seconds, tool_seconds (waiting for tools with nothing to decode), tokens_per_second (sampled ones), interruptions (times an
+        environment raised), tool_errors.
         """
         return _Session(self, params, tasks, seed, on_done).run()
 
@@ -136,7 +137,7 @@ class _Session:
         self.empty = list(range(engine.limits.slots))[::-1]
         self.acting: dict[int, concurrent.futures.Future] = {}
         self.done: list[Rollout | None] = [None] * len(tasks)
-        self.sampled_tokens = self.aborted = self.tool_errors = 0
+        self.sampled_tokens = self.interruptions = self.tool_errors = 0
         self.tool_seconds = 0.0
 
     def run(self) -> tuple[list[Rollout], dict]:
@@ -169,7 +170,7 @@ class _Session:
             "tokens_per_second": self.sampled_tokens / seconds,
             "engine_seconds": seconds,
             "tool_seconds": self.tool_seconds,
-            "aborted": self.aborted,
+            "interruptions": self.interruptions,
             "tool_errors": self.tool_errors,
         }
 
@@ -260,7 +261,7 @@ class _Session:
     def _abort(self, slot: int, error: Exception):
         run = self.runs[slot]
         log.warning("%s: environment raised %s: %s; run aborted", run.task.task_id, type(error).__name__, error)
-        self.aborted += 1
+        self.interruptions += 1
         if run.attempt >= self.limits.retries:
             return self._finish(slot, run.ended(ABORTED))
         self.waiting.append((run.index, run.attempt + 1))
@@ -272,6 +273,8 @@ class _Session:
         end = int(slots.known[slot])
         arrays = (slots.tokens[slot, :end].copy(), slots.sampled[slot, :end].copy(), slots.logp[slot, :end].copy())
         routes = None if slots.routes is None else slots.routes[slot, :end].copy()
+        if routes is not None:
+            routes[end - 1 :] = -1  # it may have been fed in vain, while a slow tool was waited for
         result = (trajectory.status, trajectory.reward, run.turns, trajectory)
         self.done[run.index] = Rollout(task.task_id, task.domain, *arrays, *result, routes)
         if self.on_done:

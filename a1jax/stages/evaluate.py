@@ -86,14 +86,7 @@ def run(
     lists = {d: cfg.tasks(d, family, use) for d, family in families.items()}
     everything = [task for d in families for task in lists[d]]
     with metrics.progress(f"evaluate {name}", total=len(everything)) as bar:
-        finished = 0
-
-        def on_done(number: int):
-            nonlocal finished
-            finished += number
-            bar.update(finished)
-
-        rollouts, _ = engine.run(params, everything, seed=cfg.seed, on_done=on_done)
+        rollouts, _ = engine.run(params, everything, seed=cfg.seed, on_done=bar.add)
     stops = [stopping.stop(task, rollout.trajectory) for task, rollout in zip(everything, rollouts, strict=True)]
     out, at = {}, 0
     for d in families:

@@ -40,6 +40,10 @@ class Prompts:
     lengths: tuple[int, ...]  # in steps
     family: Domain | None = None  # as in Runs
 
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError(f"Prompts.lengths is {self.lengths}; name at least one length, each of at least 1 step")
+
 
 def tasks(family: Domain, counts: dict[int, int], use: str, seed: int, skip: int = 0) -> list[Task]:
     """The tasks of one use of a domain: ``use`` picks the seed range and, for "heldout" and "admission", the held-out split.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ConfigError
+from ..data import packing
 from ..domains.base import Task
 from ..losses import advantages
 from ..rollout import rewards
@@ -87,6 +89,27 @@ def _with_rubrics(task: Task, run: Rollout) -> Rollout:
     return run if run.status == ABORTED else _noted(run, rubrics=list(rubrics(task, run.trajectory)))
 
 
+def _looked(groups: Groups, i: int) -> list[tuple[Rollout, float]]:
+    """The runs of group i that the loss reads, and their advantages."""
+    g = groups.looked.shape[1]
+    each = zip(groups.runs[i * g : (i + 1) * g], groups.advantages[i].tolist(), groups.looked[i], strict=True)
+    return [(run, gain) for run, gain, looked in each if looked]
+
+
+def fitting(groups: Sequence[Sequence[int]], rows: int, max_length: int) -> int:
+    """How many of the groups find room, the first ones, whole; at least one. groups: the lengths of each one's runs, in tokens.
+
+    Packing by itself would leave out the shortest runs of all groups. Those are no fair sample: a run may be short because it was right,
+    and what is left of its group would be pushed away without what it was compared with.
+    """
+    lengths: list[int] = []
+    for number, group in enumerate(groups):
+        lengths += group
+        if len(packing.plan(lengths, max_length)[0]) > rows:
+            return max(number, 1)
+    return len(groups)
+
+
 def per_token(batch: Batch, runs: tuple[Rollout, ...], rows: tuple[int, ...], starts: tuple[int, ...], values: list[Any]) -> np.ndarray:
     """float32 [B, T] laid out like ``Batch.mask``: where position t predicts token t + 1 of a run stands that token's value.
 
@@ -134,21 +157,18 @@ class Reinforced:
 
     def _pack(self, state: TrainState, found: list[Groups]) -> tuple[dict[str, Any] | None, Metrics]:
         cfg, setting = self.cfg, self.setting
-        chosen = [
-            (run, gain)
-            for groups in found
-            for i, (run, gain) in enumerate(zip(groups.runs, groups.advantages.ravel().tolist(), strict=True))
-            if groups.kept[i // cfg.samples] and groups.looked.ravel()[i]
-        ]
-        gains = {id(run): gain for run, gain in chosen}
+        chosen = [_looked(groups, i) for groups in found for i in np.flatnonzero(groups.kept)]
+        room = fitting([[len(run.tokens) for run, _ in group] for group in chosen], cfg.rows, cfg.max_length)
+        gains = {id(run): gain for group in chosen[:room] for run, gain in group}
         replay = setting.model if cfg.replay_routes else None
-        placed = pack_domain([run for run, _ in chosen], self.index, cfg.rows, cfg.max_length, replay)
+        placed = pack_domain([run for group in chosen[:room] for run, _ in group], self.index, cfg.rows, cfg.max_length, replay)
         where = (placed.batch, placed.runs, placed.row, placed.start)
         arrays = {
             "advantages": per_token(*where, [gains[id(run)] for run in placed.runs]),
             "rollout_logp": per_token(*where, [run.logp for run in placed.runs]),
         }
-        out = {"tokens": int((placed.batch.segment_ids > 0).sum()), "rollout/left_out": placed.left_out}
+        left_out = sum(map(len, chosen)) - len(placed.runs)
+        out = {"tokens": int((placed.batch.segment_ids > 0).sum()), "rollout/left_out": left_out}
         if not placed.batch.mask.any():
             at, many = int(state.step) + 1, sum(len(groups.kept) for groups in found)
             log.warning("step %d changes nothing: in none of %d groups were runs worth different rewards; choose other tasks", at, many)

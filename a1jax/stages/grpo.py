@@ -83,7 +83,7 @@ class GrpoConfig:
     overlong: Literal["keep", "mask"] = "keep"  # mask: a TRUNCATED run counts in its group, but its tokens are not learnt from
     objective: Objective = Objective()
     updates: int = 1  # updates on each batch of rollouts, all of it each time
-    rows: int = 64  # packed rows per step; runs that find no room are left out and counted
+    rows: int = 64  # packed rows per step; groups that find no room are left out whole, their runs counted
     max_length: int = 512  # tokens per packed row, at least limits.max_length
     optimizer: Binding = bind(optim.adamw, learning_rate=1e-6, warmup=0.0, final=1.0)  # a function of (specs, updates)
     limits: Limits = Limits()  # budgets of the rollouts; temperature 1
@@ -217,7 +217,7 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
         del tx  # equal programs share one compiled step, whatever the rates in tx's state
-        program = optim.program(cfg.optimizer)
+        program = optim.program(cfg.optimizer, cfg.steps * cfg.updates)
         step = jitted_step(setting.model, cfg.objective, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches, program)
 
         def updates(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:

@@ -85,7 +85,7 @@ class Experiment:
         runs = [
             *(r for runs in self.runs.values() for r in experts.several(runs)),
             *(x for t in self.teachers.values() for x in t.families()),
-            *(r for e in (self.evaluation,) for o in e.of.values() for r in o),
+            *(r for e in (self.evaluation, self.admission) for o in e.of.values() for r in o),
         ]
         named = [r.family for r in runs if r.family] + [p.family for o in self.distill.of.values() for p in o if p.family]
         out: list[Domain] = []

@@ -170,7 +170,7 @@ def run(
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
         del tx  # equal programs share one compiled step, whatever the rates in tx's state
-        program = optim.program(cfg.optimizer)
+        program = optim.program(cfg.optimizer, cfg.steps)
         return jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
 
     return train_stage(setting, cfg, params, stage, make_step, lambda: source, probe=probe, probe_every=probe_every)

@@ -27,7 +27,7 @@ from . import experts
 @dataclasses.dataclass(frozen=True)
 class Pool:
     candidates: int  # tasks that are tried, or taken as they are ("all")
-    select: Literal["all", "mixed", "near_misses"] = "all"  # mixed: solved and missed; near_misses: not solved, most rubrics met
+    select: Literal["all", "mixed", "near_misses"] = "all"  # mixed: solved and missed; near_misses: seldom solved, most rubrics met
     tries: int = 5  # runs of the starting model per candidate; "all" needs none
     size: int = 0  # tasks kept at most, the first (near_misses: the nearest) of those selected; 0: all of them
 
@@ -36,6 +36,8 @@ class Pool:
             raise ConfigError(
                 f"Pool: candidates {self.candidates} and tries {self.tries} must be at least 1, size {self.size} not negative"
             )
+        if self.select == "mixed" and self.tries < 2:
+            raise ConfigError("Pool.select is 'mixed' and Pool.tries 1; one try cannot be both right and wrong: try at least twice")
         if self.select == "near_misses" and self.size < 1:
             raise ConfigError("Pool.select is 'near_misses'; say how many in Pool.size (the paper takes 64)")
 
@@ -100,14 +102,7 @@ def _try(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str) -> 
     candidates = tasks.take(0, cfg.candidates)
     repeated = [task for task in candidates for _ in range(cfg.tries)]
     with metrics.progress(f"{name}: tries", total=len(repeated)) as bar:
-        finished = 0
-
-        def on_done(number: int):
-            nonlocal finished
-            finished += number
-            bar.update(finished)
-
-        runs, _ = engine.run(params, repeated, seed=tasks.seed * 1_000_003 + 500_000, on_done=on_done)
+        runs, _ = engine.run(params, repeated, seed=tasks.seed * 1_000_003 + 500_000, on_done=bar.add)
     groups = [_stand_in(runs[i : i + cfg.tries]) for i in range(0, len(runs), cfg.tries)]
     valid = np.asarray([bool(group) for group in groups])
     shape = (len(groups), cfg.tries)

@@ -226,7 +226,7 @@ def test_a_train_step_equals_one_device(cfg, rows):
         setting = Setting(model=cfg, tokenizer=None, domains=("a", "b"), mesh=mesh, workdir=None, writer=None, seed=0)
         with setting.on_mesh():
             state = train.init_state(setting.init_params(), optimizer(setting.specs, 2), 0)
-            step = sft.jitted_step(cfg, 2, "domain_mean", 64, None, 2, optim.program(optimizer))
+            step = sft.jitted_step(cfg, 2, "domain_mean", 64, None, 2, optim.program(optimizer, 1))
             for _ in range(2):
                 state, metrics = step(state, setting.put(batch))
         results.append((jax.device_get(state.params), jax.device_get(metrics)))

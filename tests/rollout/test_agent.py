@@ -51,7 +51,7 @@ def test_an_experts_tokens_through_the_loop_are_the_experts_run(tokenizer, model
         np.testing.assert_array_equal(run.sampled, mask[:n])
         assert mask[n:].sum() == 0 and (run.logp == -0.5 * run.sampled).all()
         assert run.trajectory.messages[-1]["content"] == task.answer and run.trajectory.records[-1].outcome.endswith("accepted")
-    assert counts["tool_errors"] == counts["aborted"] == 0
+    assert counts["tool_errors"] == counts["interruptions"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_user_replies_until_the_last_wish_is_closed(desk_tokenizer, model, scr
         np.testing.assert_array_equal(run.sampled, mask[: len(run.tokens)])
         said = [m["content"] for m in run.trajectory.messages if m["role"] == "user"][1:]
         assert said == [r.observation for r in expert.records if r.action and r.action["name"] == SAY] and said
-    assert counts["tool_errors"] == counts["aborted"] == 0
+    assert counts["tool_errors"] == counts["interruptions"] == 0
 
 
 def test_a_user_hangs_up_on_a_model_that_says_nothing_of_use(desk_tokenizer, model, scripted):
@@ -203,7 +203,7 @@ def test_a_broken_environment_aborts_its_run_alone_and_retries(tokenizer, model,
     wanted = [chat.tokenize(tokenizer, list(solve(t).messages))[0] for t in (first, second)]
     engine = scripted(Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1)), [wanted[0], wanted[1], wanted[0]])
     done, counts = engine.run(None, [Breaking(first, [], times), second], seed=0)
-    assert (done[0].status, done[1].status) == (status, FINISHED) and counts["aborted"] == aborted
+    assert (done[0].status, done[1].status) == (status, FINISHED) and counts["interruptions"] == aborted
 
 
 def test_limits_out_of_range_are_refused():

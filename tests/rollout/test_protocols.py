@@ -143,6 +143,32 @@ def test_tools_beside_decoding_change_nothing_but_the_time(talk):
     assert_same(quick, reverse)
 
 
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A task that takes its time over an answer."""
+
+    task: object
+    seconds: float
+    blocking = True
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def reply(self, state, text):
+        time.sleep(self.seconds)
+        return self.task.reply(state, text)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_the_last_token_has_no_routes_however_long_its_tool_took(tokenizer, small_model, scripted, task, seconds):
+    tokens, _ = chat.tokenize(tokenizer, list(solve(task).messages))
+    engine = scripted(Engine(small_model, tokenizer, dataclasses.replace(LIMITS, record_routes=True)), [tokens])
+    written, taken = engine.advance, np.zeros((1, small_model.num_layers, small_model.num_experts_active), np.int16)
+    engine.advance = lambda *call: (*written(*call), taken)
+    (run,) = engine.run(None, [Slow(task, seconds)], seed=0)[0]
+    assert run.status == FINISHED and (run.routes[:-1] == 0).all() and (run.routes[-1] == -1).all()
+
+
 def test_known_tokens_in_pieces_or_one_by_one_give_the_same_runs(talk):
     plain = [Talking(QUICKSTART["search"].propose(i, 1 + i % 5)) for i in range(6)]
     one, single = talk(plain, feed_tokens=0)
@@ -162,7 +188,7 @@ def test_an_aborted_run_begins_anew_and_its_group_keeps_its_samples(talk):
         tasks = [Talking(t, breaks=breaks if i == which else 0) for i, t in enumerate(group)]
         done, counts = talk(tasks)
         assert_same(calm[:which] + calm[which + 1 :], done[:which] + done[which + 1 :])
-        assert counts["aborted"] >= 1 and done[which].tokens.tobytes() != calm[which].tokens.tobytes()
+        assert counts["interruptions"] >= 1 and done[which].tokens.tobytes() != calm[which].tokens.tobytes()
         assert gone or done[which].status != ABORTED
 
 
@@ -193,8 +219,8 @@ def test_programs_that_misbehave_are_stopped_and_the_others_go_on(tokenizer, run
 
 
 def test_counts_of_several_runs_are_those_of_one():
-    one = {"slot_steps": 60, "idle_share": 0.4, "sampled_tokens": 30, "engine_seconds": 2.0, "tokens_per_second": 15.0, "aborted": 1}
-    two = {"slot_steps": 90, "idle_share": 0.1, "sampled_tokens": 60, "engine_seconds": 1.0, "tokens_per_second": 60.0, "aborted": 0}
+    one = {"slot_steps": 60, "idle_share": 0.4, "sampled_tokens": 30, "engine_seconds": 2.0, "tokens_per_second": 15.0, "interruptions": 1}
+    two = {"slot_steps": 90, "idle_share": 0.1, "sampled_tokens": 60, "engine_seconds": 1.0, "tokens_per_second": 60.0, "interruptions": 0}
     both = together([one, two])
-    assert both == {**both, "slot_steps": 150, "sampled_tokens": 90, "engine_seconds": 3.0, "aborted": 1}
+    assert both == {**both, "slot_steps": 150, "sampled_tokens": 90, "engine_seconds": 3.0, "interruptions": 1}
     np.testing.assert_allclose([both["idle_share"], both["tokens_per_second"]], [0.25, 30.0])

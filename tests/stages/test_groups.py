@@ -162,9 +162,21 @@ def test_dropped_groups_are_replaced_by_further_prompts_and_contribute_nothing(s
     assert data is None and nothing.drawn == 6 and out["grpo/groups"] == 0 and out["grpo/dropped_groups"] == 6
 
 
-def test_runs_that_find_no_room_are_counted(source, state):
+def test_runs_that_find_no_room_are_counted_and_take_their_group_along(source, state):
     data, out = source(Script(lambda task: MIXED), dataclasses.replace(CFG, rows=1)).next(state)
     assert out["rollout/left_out"] == 4 and data["batch"].tokens.shape == (1, 32) and data["batch"].mask.sum() == 4 * 4
+    first = number(Tasks(source(None).tasks.family, CFG.sources, 0, 0).take(0, 1)[0])
+    short, long = ([(status, rubrics, n) for status, rubrics in MIXED] for n in (6, 10))
+    made = source(Script(lambda task: short if number(task) == first else long), dataclasses.replace(CFG, rows=2))
+    data, out = made.next(state)  # three long runs fill a row but for two places: with both groups the last short run has no room
+    gains, looked = np.asarray(data["advantages"]), np.asarray(data["batch"].mask) > 0
+    assert out["rollout/left_out"] == 4 and looked.sum() == 4 * 3
+    np.testing.assert_allclose(gains[looked].sum(), 0, atol=1e-5)
+
+
+def test_groups_find_room_in_their_order_and_whole():
+    assert groups.fitting([[6] * 4, [10] * 4, [2]], 2, 32) == 1 and groups.fitting([[6] * 4, [10] * 4, [2]], 3, 32) == 3
+    assert groups.fitting([[10] * 4], 1, 32) == 1 and groups.fitting([], 1, 32) == 0  # what is too large by itself is cut after all
 
 
 def test_a_source_goes_on_where_it_was(source, state):
@@ -254,3 +266,8 @@ def test_settings_that_make_no_sense_are_refused(changes):
         dataclasses.replace(CFG, **changes)
     with pytest.raises(ConfigError, match="say how many"):
         Pool(candidates=3, select="near_misses")
+    with pytest.raises(ConfigError, match="at least twice"):
+        Pool(candidates=3, select="mixed", tries=1)
+    for lengths in ((), (2, 0)):
+        with pytest.raises(ConfigError, match="Prompts.lengths"):
+            experts.Prompts(lengths)

@@ -13,8 +13,9 @@ import pytest
 
 from a1jax import config, main
 from a1jax.config import ConfigError
+from a1jax.domains import Search
 from a1jax.models import hf
-from a1jax.stages import pipeline, teacher
+from a1jax.stages import experts, pipeline, teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMOKE = ["run", "experiments/quickstart.py:smoke"]
@@ -111,6 +112,17 @@ def test_a_teacher_is_admitted_only_where_it_is_better():
 def test_configs_that_do_not_fit_together_are_refused(assignment, message):
     with pytest.raises(ConfigError, match=message):
         config.override(quickstart(), [assignment])
+
+
+def test_every_family_that_tasks_are_drawn_from_is_known():
+    cfg, families = quickstart(), [Search(degree=degree) for degree in (2, 4, 6)]
+    both = {
+        name: dataclasses.replace(getattr(cfg, name), of={"search": (experts.Runs({1: 1}, family),)})
+        for name, family in zip(("evaluation", "admission"), families, strict=False)
+    }
+    distil = dataclasses.replace(cfg.distill, of={"search": (experts.Prompts((1,), families[2]),)})
+    found = dataclasses.replace(cfg, distill=distil, **both).every_family()
+    assert found == [*cfg.every_family(), *families]
 
 
 def test_teachers_are_judged_elsewhere_only_where_asked(setting, monkeypatch):

@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from a1jax import metrics, optim, train
@@ -104,6 +105,18 @@ def test_under_a_mesh_the_stage_is_the_one_of_one_device(setting, data):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
     again = meshed.finished("meshed")  # read back where the mesh wants it
     assert again["blocks"]["0"]["mlp"]["experts"]["down_proj"].sharding.is_equivalent_to(experts.sharding, experts.ndim)
+
+
+def test_another_optimizer_is_made_for_the_stages_length(setting, data, monkeypatch):
+    mine, made = bind(own_optimizer, rate=0.1), []
+    monkeypatch.setattr(sft, "jitted_step", lambda *args: made.append(args[-1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_on(dataclasses.replace(CFG, steps=7, optimizer=mine), data, setting, "own")
+    assert made == [optim.program(mine, 7)] and made != [optim.program(mine, 1)]
+
+
+def own_optimizer(specs, steps, *, rate):
+    return optax.sgd(optax.linear_schedule(rate, 0.0, steps))
 
 
 def test_a_mesh_larger_than_the_machine_is_refused():
