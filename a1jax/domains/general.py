@@ -22,7 +22,7 @@ from . import general_expert
 from . import general_policy as policies
 from . import general_user as users
 from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, final_answer, tool, was_said
-from .general_policy import AFTER, KINDS, NO_MATCH, OK, STATES, Order, Policy
+from .general_policy import AFTER, KEPT, KINDS, NO_MATCH, OK, STATES, Order, Policy
 from .general_user import Wish
 from .general_wishes import Book
 from .search import CORE, title
@@ -42,7 +42,8 @@ class Desk:
     """The state of a run. wish: number of wishes closed. told, checked, useless: of the wish in progress; checked: the name and
     code that the caller gave went through ``verify``.
 
-    closed: (words, the order as it was then, what should have been looked up or asked and was not, else "") per closed wish. broken: (wish, reason) per call against the policy.
+    closed: (words, the order as it was then, what should have been looked up or asked and was not, or "") per closed wish.
+    broken: (wish, reason) per call against the policy.
     """
 
     orders: dict[str, Order]

@@ -290,3 +290,17 @@ def test_tools_and_user_answer_whatever_comes_and_the_verifier_judges_it(turns):
     judged = judge(TASK, run(*turns))
     assert judged.status == FAILED and len(judged.metadata["rubrics"]) == 6 and "\n" not in judged.records[-1].outcome
     assert TASK.reset().orders == dict(ORDERS)
+
+
+def test_a_wish_is_kept_only_after_the_caller_was_asked_to_confirm():
+    found = 0
+    for seed in range(60):
+        task = General().propose(seed, 1)
+        if task.wishes[0].closing != "Kept.":
+            continue
+        run, found = solve(task), found + 1
+        asked = [r for r in run.records if r.action and r.action["name"] == SAY and "confirm" in r.action["arguments"]["text"].lower()]
+        unasked = dataclasses.replace(run, records=tuple(r for r in run.records if r not in asked))
+        assert len(asked) == 1 and task.verify(unasked).reason == "evidence: the caller was never asked to confirm, wish 1"
+        assert task.rubrics(run) == (True,) and task.rubrics(unasked) == (False,)
+    assert found > 3
