@@ -113,6 +113,20 @@ def plan(lengths: Sequence[int], max_length: int, policy: str = "split") -> tupl
     return rows, report
 
 
+def fitting(groups: Sequence[Sequence[int]], rows: int, max_length: int) -> int:
+    """How many of the groups find room, the first ones, whole; at least one. groups: the lengths of each one's runs, in tokens.
+
+    Packing by itself would leave out the shortest runs of all groups. Those are no fair sample: a run may be short because it was right,
+    and what is left of its group would be pushed away without what it was compared with.
+    """
+    lengths: list[int] = []
+    for number, group in enumerate(groups):
+        lengths += group
+        if len(plan(lengths, max_length)[0]) > rows:
+            return max(number, 1)
+    return len(groups)
+
+
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of ``lengths`` per bin of ``capacity``; ties by index, so the result is a function of the lengths alone."""
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")

@@ -127,11 +127,7 @@ class EngineeringTask(Task):
         answer = final_answer(trajectory)
         if answer != self.answer:
             return Outcome(False, 0.0, "answer: none given" if answer is None else "answer: wrong")
-        state, shown = self.reset(), set()
-        for r in trajectory.records:
-            if r.action is not None:
-                state, seen = self.step(state, Call(r.action["name"], r.action["arguments"]))
-                shown |= set(seen.refs)
+        state, shown = self._replay(trajectory)
         if not state.answer:
             return Outcome(False, 0.0, "answer: no node was made the answer")
         found, done = self.marks(state.nodes[state.answer - 1].code, self.hidden)
@@ -143,6 +139,24 @@ class EngineeringTask(Task):
         if missing:
             return Outcome(False, 0.0, f"evidence: no run ever passed {missing[0]}")
         return Outcome(True, 1.0, "hidden tables and evidence: accepted")
+
+    def rubrics(self, trajectory: Trajectory) -> tuple[bool, ...]:
+        """One verdict per check: the answer passes it on the hidden tables; without an answer, the node that passed most when it ran."""
+        tree, _ = self._replay(trajectory)
+        ran = [i for i, node in enumerate(tree.nodes, 1) if node.passed > 0]
+        number = tree.answer or max(ran, key=lambda i: tree.node(i).passed, default=0)
+        if not number:
+            return (False,) * len(self.stages)
+        return tuple(mark >= PASS for mark in self.marks(tree.node(number).code, self.hidden)[0])
+
+    def _replay(self, trajectory: Trajectory) -> tuple[Tree, set[str]]:
+        """The tree after the run's calls, done anew, and the checks that some program passed when it was run."""
+        tree, shown = self.reset(), set()
+        for r in trajectory.records:
+            if r.action is not None:
+                tree, seen = self.step(tree, Call(r.action["name"], r.action["arguments"]))
+                shown |= set(seen.refs)
+        return tree, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,6 +157,8 @@ def finish(sums: Metrics) -> Metrics:
 def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int, replay: ModelConfig | None = None) -> Placed:
     """The runs of one domain as [rows, max_length], padding rows where there are fewer; runs that find no room are counted.
 
+    Those are drawn by lot, the same for the same number of runs: packing by itself would leave out the shortest, the most often right.
+
     replay: the model whose recorded routes are laid out too. Raises ConfigError where they do not fit it.
     """
     runs = [r for r in rollouts if r.status != ABORTED]
@@ -167,6 +169,9 @@ def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int,
             if r.routes is None:
                 raise ConfigError(f"run {r.task_id} has no recorded routes to replay: sample with limits.record_routes = True")
             moe.check_routes(r.routes, replay)
+    lot = np.random.default_rng(len(runs)).permutation(len(runs))
+    room = packing.fitting([[len(runs[i].tokens)] for i in lot], rows, max_length)
+    left_out, runs = len(runs) - room, [runs[i] for i in sorted(lot[:room])]
     examples = [packing.Example(tokens=r.tokens, mask=r.sampled, domain=index, routes=r.routes) for r in runs]
     plan = packing.plan([len(e) for e in examples], max_length, policy="drop")[0]
     placed, kept = plan[:rows], []
@@ -176,7 +181,7 @@ def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int,
     packed = [tuple(examples[i] for i, _, _ in row) for row in placed]
     batch = packing.to_batch([*packed, *[()] * (rows - len(packed))], max_length, routes=shape)
     columns = zip(*kept, strict=True) if kept else ((), (), ())
-    return Placed(batch, *columns, sum(len(row) for row in plan[rows:]))
+    return Placed(batch, *columns, left_out + sum(len(row) for row in plan[rows:]))
 
 
 class OnPolicy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -96,20 +95,6 @@ def _looked(groups: Groups, i: int) -> list[tuple[Rollout, float]]:
     return [(run, gain) for run, gain, looked in each if looked]
 
 
-def fitting(groups: Sequence[Sequence[int]], rows: int, max_length: int) -> int:
-    """How many of the groups find room, the first ones, whole; at least one. groups: the lengths of each one's runs, in tokens.
-
-    Packing by itself would leave out the shortest runs of all groups. Those are no fair sample: a run may be short because it was right,
-    and what is left of its group would be pushed away without what it was compared with.
-    """
-    lengths: list[int] = []
-    for number, group in enumerate(groups):
-        lengths += group
-        if len(packing.plan(lengths, max_length)[0]) > rows:
-            return max(number, 1)
-    return len(groups)
-
-
 def per_token(batch: Batch, runs: tuple[Rollout, ...], rows: tuple[int, ...], starts: tuple[int, ...], values: list[Any]) -> np.ndarray:
     """float32 [B, T] laid out like ``Batch.mask``: where position t predicts token t + 1 of a run stands that token's value.
 
@@ -158,7 +143,7 @@ class Reinforced:
     def _pack(self, state: TrainState, found: list[Groups]) -> tuple[dict[str, Any] | None, Metrics]:
         cfg, setting = self.cfg, self.setting
         chosen = [_looked(groups, i) for groups in found for i in np.flatnonzero(groups.kept)]
-        room = fitting([[len(run.tokens) for run, _ in group] for group in chosen], cfg.rows, cfg.max_length)
+        room = packing.fitting([[len(run.tokens) for run, _ in group] for group in chosen], cfg.rows, cfg.max_length)
         gains = {id(run): gain for group in chosen[:room] for run, gain in group}
         replay = setting.model if cfg.replay_routes else None
         placed = pack_domain([run for group in chosen[:room] for run, _ in group], self.index, cfg.rows, cfg.max_length, replay)

@@ -126,6 +126,15 @@ def test_the_verifier_refuses_each_bad_run_for_its_reason():
     )
 
 
+def test_rubrics_say_which_checks_the_answer_passes_or_else_the_best_node():
+    write, execute, answer = ("write_full_code", {"code": whole(TASK)}), ("execute_code", {}), ("update_answer", {"node": 1})
+    partly = ("write_full_code", {"code": whole(TASK, leave_out=1)})
+    assert TASK.rubrics(finished(TASK, (write, execute, answer))) == (True, True, True)
+    assert TASK.rubrics(finished(TASK, (partly, execute, answer))) == (True, False, True)
+    assert TASK.rubrics(finished(TASK, (("write_full_code", {"code": "x = 1"}), execute, partly, execute))) == (True, False, True)
+    assert TASK.rubrics(finished(TASK, (partly,))) == (False, False, False)  # never run
+
+
 def test_a_program_that_answers_for_one_table_only_is_not_believed():
     code = 'import os\ndef solve(t):\n    for fd in range(3, 32):\n        try: os.write(fd, b\'{"values": [{}], "error": ""}\')\n'
     code += "        except OSError: pass\n    os._exit(0)"

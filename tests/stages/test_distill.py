@@ -74,6 +74,10 @@ def test_aborted_runs_are_left_out_truncated_ones_kept_and_overflow_counted():
     placed = distill.pack_domain([rollout(n=n) for n in (9, 5, 10, 4)], 0, rows=2, max_length=16)
     for run, row, start in zip(placed.runs, placed.row, placed.start, strict=True):
         np.testing.assert_array_equal(placed.batch.tokens[row, start : start + len(run.tokens)], run.tokens)
+    lengths = [
+        len(run.tokens) for n in range(8, 12) for run in distill.pack_domain([rollout(n=m) for m in [22] * 4 + [10] * n], 0, 2, 24).runs
+    ]
+    assert 0.3 < lengths.count(10) / len(lengths) < 1  # by lot: the longest first would have kept no short one
     placed = distill.pack_domain([], 0, rows=2, max_length=24)
     assert placed.batch.mask.sum() == 0 and placed.left_out == 0 and placed.runs == ()
 

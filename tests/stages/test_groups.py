@@ -175,8 +175,8 @@ def test_runs_that_find_no_room_are_counted_and_take_their_group_along(source, s
 
 
 def test_groups_find_room_in_their_order_and_whole():
-    assert groups.fitting([[6] * 4, [10] * 4, [2]], 2, 32) == 1 and groups.fitting([[6] * 4, [10] * 4, [2]], 3, 32) == 3
-    assert groups.fitting([[10] * 4], 1, 32) == 1 and groups.fitting([], 1, 32) == 0  # what is too large by itself is cut after all
+    assert packing.fitting([[6] * 4, [10] * 4, [2]], 2, 32) == 1 and packing.fitting([[6] * 4, [10] * 4, [2]], 3, 32) == 3
+    assert packing.fitting([[10] * 4], 1, 32) == 1 and packing.fitting([], 1, 32) == 0  # what is too large by itself is cut after all
 
 
 def test_a_source_goes_on_where_it_was(source, state):
