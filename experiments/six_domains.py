@@ -9,6 +9,28 @@ GRPO on constraints, then on long-context questions. Tool calling: SFT, then GRP
 and general agentic: SFT, then GRPO; the paper is silent there, so that order is ours.
 The data of stage 1 is finite and short; the teachers have longer runs of their own domain, or rewards, which the student never sees.
 ``sft_continued`` is stage 1 continued on its own data for as many FLOPs as distillation took.
+
+Measured, two seeds (a third is not): one core of 2 each, jax 0.10.2, about 48 minutes a seed beside other work; stages 1 and 2 of search,
+engineering and science at commit ddc64e37, everything else at b5149ad5. n = 400 a domain (engineering 300, instruction following 500):
+
+    success, percent       SFT  SFT continued  teacher  student    by seed
+    search                67.8           78.2     98.0     99.5    99.0 100.0
+    engineering           54.0           73.0     91.7     67.0    74.0  60.0
+    science               32.2           43.2     84.2     33.8    37.5  30.0
+    instruction following 37.4           42.2     44.2     41.4    41.2  41.6
+    tool calling          38.8           45.2     76.5     46.8    47.0  46.5
+    general agentic       72.2           79.5     98.0     85.0    81.5  88.5
+    mean                  50.4           60.2     82.1     62.2    63.4  61.1
+
+Met by both seeds: every teacher beats SFT on its own domain. MISSED: the student reaches 76 % of its teachers' mean, not 95 %; seed 1's
+science ends a point below SFT (31.0 -> 30.0), and seed 1's student is level with SFT continued (61.1 against 61.5; seed 0: 63.4 against
+59.0). Success while sampling was still rising at the last step: 100 steps are too few for six domains. What a student of length 2 never
+did at length 3 and 4 (science) it did not learn. Of the teachers' gains nearly all is SFT on longer runs; reinforcement shows where
+it is alone: instruction following, success while sampling 48 -> 55 % and 47 -> 50 % in 60 steps on ever fresh tasks. From a reused pool of
+25 tasks it learnt those (38 -> 98 %) and nothing for held-out ones (37.5 -> 35.5 %); Muon or a rate of 5e-4 and more moved away from the
+reference (KL 0.2 to 0.6) without learning. Of full batches whole groups were left out (instruction following: 3 to 24 runs of about
+210 a step); of distillation's 96 runs 5 to 10 a step, there still the shortest ones: since then they are drawn by lot. Engineering had no
+rubrics then, so its reward was the outcome alone.
 """
 
 import dataclasses

@@ -102,7 +102,8 @@ def test_text_alone_without_a_source(reference, published, tmp_path, dtype):
     again, cfg_again = hf.load(tmp_path / "out")
     assert cfg_again == cfg and (tmp_path / "out" / "tokenizer.json").exists()
     equal_trees(again, weights)
-    np.testing.assert_array_equal(reference.logits(tmp_path / "out", TOKENS), reference.logits(published, TOKENS))
+    # Equal weights; torch's own sums depend on where its threads find them in memory.
+    np.testing.assert_allclose(reference.logits(tmp_path / "out", TOKENS), reference.logits(published, TOKENS), rtol=1e-4, atol=1e-5)
     config = reference.transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert config.get_text_config().layer_types == ["linear_attention", "full_attention"] * 2 and str(config.dtype) == f"torch.{dtype}"
 

@@ -5,6 +5,7 @@ Reference weights are random, saved by save_pretrained and loaded by hf.load; gr
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -135,11 +136,13 @@ def test_logits_and_every_gradient(case, name):
 def test_decoding_with_a_cache(reference, case, name):
     """Our step against the reference with its own cache: eleven tokens at once, then one by one."""
     it, torch = case(name), reference.torch
+    known = inspect.signature(inspect.unwrap(it.model.forward)).parameters
+    argument = "cache" if "cache" in known else "past_key_values"  # its name from transformers 5.24 on
     with torch.no_grad():
         out = it.model(torch.tensor(it.tokens[:, :11]), use_cache=True)
         wanted = [out.logits]
         for t in range(11, it.length):
-            out = it.model(torch.tensor(it.tokens[:, t : t + 1]), past_key_values=out.past_key_values, use_cache=True)
+            out = it.model(torch.tensor(it.tokens[:, t : t + 1]), **{argument: out.past_key_values}, use_cache=True)
             wanted.append(out.logits)
     wanted = torch.log_softmax(torch.cat(wanted, dim=1), dim=-1).numpy()
 

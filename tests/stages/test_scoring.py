@@ -94,7 +94,6 @@ def batch_of(runs, setting, teachers, cfg=CFG, rows=2, length=96):
     return jax.tree.map(lambda *x: jnp.concatenate(x), *pieces), members, shares
 
 
-@functools.cache
 def value_and_grad(model, cfg):
     def loss(params, data, members):
         return distill.loss(params, distill.weigh(data, 2, "domain_mean"), 1.0, model, cfg, members)
