@@ -42,7 +42,7 @@ class Limits:
     final_request: str = ""  # at max_turns the last turn is taken back and the user says this: an answer is asked for. "": TRUNCATED
     temperature: float = 1.0  # 0 is greedy
     retries: int = 1  # times an ABORTED run is begun anew
-    feed_tokens: int = 16  # known tokens (prompts, observations) fed to a slot in one call where there are as many; below 2: never
+    feed_tokens: int = 0  # known tokens (long prompts, pages) fed to a slot in one call where there are as many; below 2: one by one
     workers: int = 4  # threads on which blocking tasks act while the others decode
     show_tools: bool = False  # put the tool schemas into the system turn; tiny models know their tools from training
     record_routes: bool = False  # keep the experts every token took (Rollout.routes): 2 bytes x layers x active experts per token
