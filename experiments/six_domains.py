@@ -101,21 +101,21 @@ def get_config(arg: str = "") -> Experiment:
         domains=tuple(FAMILIES),
         families=FAMILIES,
         runs={
-            "search": Runs({1: 200, 2: 200, 3: 200, 4: 12, 5: 12, 6: 12}),
-            "engineering": Runs({1: 250, 2: 250, 3: 12}),
-            "science": (Runs({1: 250, 2: 250, 3: 12, 4: 12}), Runs({1: 150, 2: 150}, DERIVATIONS)),
+            "search": Runs({1: 200, 2: 200, 3: 200, 4: 40, 5: 40, 6: 40}),
+            "engineering": Runs({1: 250, 2: 250, 3: 40}),
+            "science": (Runs({1: 250, 2: 250, 3: 40, 4: 40}), Runs({1: 150, 2: 150}, DERIVATIONS)),
             "instruction_following": (Runs({1: 300, 2: 300, 3: 100, 4: 60}), Runs({1: 150}, REGISTER)),
-            "tool_calling": Runs({1: 150, 2: 150, 3: 150, 4: 150, 6: 12, 8: 12}),
-            "general": Runs({1: 250, 2: 250, 3: 12, 4: 12}),
+            "tool_calling": Runs({1: 150, 2: 150, 3: 150, 4: 150, 6: 40, 8: 40}),
+            "general": Runs({1: 250, 2: 250, 3: 40, 4: 40}),
         },
         sft=sft,
         teachers=teachers(limits),
         distill=DistillConfig(
-            steps=100,
+            steps=300,
             prompts=16,
             of={d: (Prompts(lengths),) for d, lengths in LENGTHS.items()}
             | {"instruction_following": (Prompts(LENGTHS["instruction_following"]),) * 3 + (Prompts((1,), REGISTER),)},
-            rows=7,
+            rows=10,
             max_length=512,
             k=16,
             mode="tail",  # the paper's "salient" is blind outside the k best, see the README
@@ -155,17 +155,24 @@ def teachers(limits: Limits) -> dict:
     constraints, register = Prompts(LENGTHS["instruction_following"]), Prompts((1,), REGISTER)
     return {
         "search": recipes.search(
-            Runs({3: 80, 4: 80, 5: 40, 6: 20}), dataclasses.replace(sft, steps=80), grpo, (Prompts((4, 5, 6)),), candidates=128
+            Runs({3: 80, 4: 80, 5: 40, 6: 20}),
+            dataclasses.replace(sft, steps=80),
+            dataclasses.replace(grpo, rows=40),
+            (Prompts((4, 5, 6)),),
+            candidates=128,
         ),
-        "engineering": recipes.sft_then_grpo(Runs({2: 150, 3: 250}), sft, dataclasses.replace(rubrics, prompts=10), (Prompts((2, 3)),)),
+        "engineering": recipes.sft_then_grpo(Runs({2: 150, 3: 250}), sft, dataclasses.replace(rubrics, prompts=10, rows=44), (Prompts((2, 3)),)),
         "science": recipes.science(Runs({1: 150, 2: 150}, DERIVATIONS), sft, Runs({2: 150, 3: 200, 4: 200}), sft),
         "instruction_following": recipes.instruction_following(
-            dataclasses.replace(rubrics, steps=60, prompts=32, rows=56), (constraints,), dataclasses.replace(grpo, steps=8), (register,)
+            dataclasses.replace(rubrics, steps=60, prompts=32, rows=80),
+            (constraints,),
+            dataclasses.replace(grpo, steps=8, rows=64),
+            (register,),
         ),
         "tool_calling": recipes.tool_calling(
-            Runs({4: 150, 6: 200, 8: 200}), sft, dataclasses.replace(grpo, steps=20), (Prompts((6, 8)),), candidates=128
+            Runs({4: 150, 6: 200, 8: 200}), sft, dataclasses.replace(grpo, steps=20, rows=44), (Prompts((6, 8)),), candidates=128
         ),
-        "general": recipes.sft_then_grpo(Runs({2: 150, 3: 200, 4: 200}), sft, rubrics, (Prompts((2, 3, 4)),)),
+        "general": recipes.sft_then_grpo(Runs({2: 150, 3: 200, 4: 200}), sft, dataclasses.replace(rubrics, rows=56), (Prompts((2, 3, 4)),)),
     }
 
 
