@@ -111,11 +111,11 @@ def get_config(arg: str = "") -> Experiment:
         sft=sft,
         teachers=teachers(limits),
         distill=DistillConfig(
-            steps=300,
-            prompts=16,
+            steps=250,
+            prompts=12,
             of={d: (Prompts(lengths),) for d, lengths in LENGTHS.items()}
             | {"instruction_following": (Prompts(LENGTHS["instruction_following"]),) * 3 + (Prompts((1,), REGISTER),)},
-            rows=10,
+            rows=7,
             max_length=512,
             k=16,
             mode="tail",  # the paper's "salient" is blind outside the k best, see the README
