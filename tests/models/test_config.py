@@ -18,7 +18,7 @@ from a1jax.models.config import NAMED, ModelConfig, qwen3_5_35b_a3b, tiny
         ({"delta_chunk": 12}, "delta_chunk is 12: make it a power of two"),
         ({"rotary_fraction": 0.1}, "rotary width 3 of head_dim 32 must be even"),
         ({"rotary_fraction": 0.0}, "rotary width 0"),
-        ({"moe": "sparse"}, "moe is 'sparse': choose one of dense, ragged, blocked"),
+        ({"moe": "sparse"}, "moe is 'sparse': choose one of dense, ragged, blocked, grouped"),
         ({"remat": "all"}, "remat is 'all'"),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
         ({"d_model": 0}, "d_model is 0: give a number of at least 1"),
