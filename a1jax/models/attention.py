@@ -174,10 +174,11 @@ def apply(
     cfg: ModelConfig,
 ) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
+    flash = {"flash": "cudnn", "flash_triton": "triton"}.get(cfg.attention)
+    if flash and is_sharded():
+        raise ConfigError(f"attention '{cfg.attention}' is for one GPU without a mesh: set attention = 'chunked'")
     q, k, v, gate = project(p, x, cos, sin, cfg)
-    if cfg.attention in ("flash", "flash_triton"):
-        if is_sharded():
-            raise ConfigError(f"attention '{cfg.attention}' is for one GPU without a mesh: set attention = 'chunked'")
-        return output(p, flash_attention(q, k, v, runs, "cudnn" if cfg.attention == "flash" else "triton", cfg.flash_runs), gate)
+    if flash:
+        return output(p, flash_attention(q, k, v, runs, flash, cfg.flash_runs), gate)
     run = attention_sharded if is_sharded() else causal_attention
     return output(p, run(q, k, v, runs, cfg.attention_chunk), gate)

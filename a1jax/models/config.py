@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from a1jax.config import ConfigError
 
 CHOICES = {
-    "remat": ("none", "block"),
+    "remat": ("none", "block", "layer"),
     "moe": ("dense", "ragged", "blocked", "grouped"),
     "attention": ("auto", "chunked", "splash", "flash", "flash_triton"),
     "conv_init": ("normal", "uniform"),
@@ -48,7 +48,8 @@ class ModelConfig:
     scale_embeddings: bool = False  # True: token embeddings times sqrt(d_model), for tied tables drawn with std 1/sqrt(d_model)
     load_balance_coef: float = 1e-3  # weight of the load-balance loss in aux["loss"]; balanced routing has a loss of num_experts_active
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2) in aux["loss"]; holds the router logits small
-    remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass
+    remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass; "layer": inputs of every
+    # mixer and mixture, four to sixteen times as many, but only one of them is computed again at a time: long rows on one device
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
     attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
     attention: str = (
