@@ -78,7 +78,10 @@ def start(options: dict, folder: pathlib.Path) -> Process:
 
 def end(process: Process) -> None:
     process.popen.kill()
-    process.popen.wait()
+    try:
+        process.popen.wait(10)
+    except subprocess.TimeoutExpired:  # a kernel that hangs keeps its process: the others go on
+        print(f"{process.options['name']} does not end", flush=True)
 
 
 def failure(process: Process, what: str) -> dict:
@@ -143,10 +146,10 @@ def measure(args: argparse.Namespace, rows: list[dict], note: Callable[[dict], N
     began, deadline = time.monotonic(), time.monotonic() + args.budget
     folder = pathlib.Path(args.logs)
     folder.mkdir(parents=True, exist_ok=True)
-    defaults = {"smoke": args.smoke, "attention": "chunked" if args.smoke else "flash", "moe": "blocked" if args.smoke else "grouped"}
-    base = {**defaults, "block": 32 if args.smoke else 512}
+    base = {"smoke": args.smoke, "attention": args.attention, "moe": args.moe, "block": 32 if args.smoke else 512}
     forms = [("attention", f) for f in (("flash_triton", "chunked") if args.smoke else ("flash", "flash_triton", "chunked"))]
     forms += [("experts", f) for f in ("grouped", "blocked", "ragged")]
+    forms = [] if args.no_kernels else forms
     first = [{"name": "peak", "case": "peak"}, *({"name": f"{kind}/{form}", "case": kind, "form": form} for kind, form in forms)]
     stages = [
         {"name": f"{stage}/{n}", "case": "stage", "stage": stage, "tokens": n, "seconds": 6} for n in args.tokens for stage in args.stage
@@ -189,6 +192,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=235, help="seconds; what has not run by then is a row that says so")
     parser.add_argument("--out", help="file of JSON, written again after every case")
     parser.add_argument("--logs", default="/tmp/bench_scale", help="folder for what the cases print")
+    parser.add_argument("--attention", default="flash", help="kernel of the steps, unless it is found wrong or slow")
+    parser.add_argument("--moe", default="grouped", help="form of the experts, likewise")
+    parser.add_argument("--no-kernels", action="store_true", help="without the kernels' check: the steps run with the two above")
     parser.add_argument("--no-align", action="store_true", help="without kernels/vocab_align")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU: kernels interpreted or replaced by plain forms")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -197,7 +203,7 @@ def main() -> None:
         child(json.loads(args.case))
         return
     if args.smoke:
-        args.tokens, args.budget = [256], max(args.budget, 600)
+        args.tokens, args.budget, args.attention, args.moe = [256], max(args.budget, 600), "chunked", "blocked"
         print(
             "smoke: a CPU; cuDNN left out, Triton's kernel interpreted, 'grouped' by lax.ragged_dot, the steps with 'chunked' and 'blocked'"
         )
