@@ -8,8 +8,9 @@ The real train steps (stages.sft, stages.distill with stages.scoring.native as t
 runs; SFT also on one whole run. float32 parameters and AdamW state, bfloat16 compute, remat per layer, blocked losses, state donated.
 First, small: the flash kernels and the forms of the experts against float32 references, and which of the correct ones is fastest at
 8,192 tokens; the steps use those.
-Every case is a process of its own (its memory peak is its own): all compile side by side, then run one at a time. A case that fails, is
-refused by a kernel or runs out of memory or time is a row that says so. Results are written as soon as they are there.
+Every case is a process of its own (experiments.bench_scale_cases; its memory peak is its own): all compile side by side, then run one at
+a time. A case that fails, is refused by a kernel or runs out of memory or time is a row that says so. Results are written as soon as
+they are there.
 
 FLOPs: 2 per parameter that multiplies and token forward and 4 backward (the table multiplies too: it is the unembedding), 2 H F n per
 token of a run of n in full attention forward, 6 H DK DV in the delta rule; the distillation's student needs of its table one forward
@@ -29,8 +30,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-
-from experiments.bench_scale_cases import child
 
 STAGES, LENGTHS = ("sft", "distill"), (8192, 32_768, 131_072)
 DATASHEET = 989e12  # FLOP/s of an H100 SXM, dense bfloat16
@@ -58,7 +57,7 @@ def start(options: dict, folder: pathlib.Path) -> Process:
     else:
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
     log = folder / f"{options['name'].replace('/', '_')}.log"
-    command = [sys.executable, "-m", "experiments.bench_scale", "--case", json.dumps(options)]
+    command = [sys.executable, "-m", "experiments.bench_scale_cases", json.dumps(options)]
     with log.open("w") as file:
         popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
@@ -197,11 +196,7 @@ def main() -> None:
     parser.add_argument("--no-kernels", action="store_true", help="without the kernels' check: the steps run with the two above")
     parser.add_argument("--no-align", action="store_true", help="without kernels/vocab_align")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU: kernels interpreted or replaced by plain forms")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        child(json.loads(args.case))
-        return
     if args.smoke:
         args.tokens, args.budget, args.attention, args.moe = [256], max(args.budget, 600), "chunked", "blocked"
         print(

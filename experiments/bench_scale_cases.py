@@ -1,11 +1,13 @@
-"""The cases of experiments.bench_scale, each to run in a process of its own: case(options) -> (compile seconds by name, run).
+"""The cases of experiments.bench_scale, one per process: compiles, says so, waits for a line on stdin, prints its findings, all as JSON.
 
-run() gives pieces of the result as they are there. Imports of jax and of the stages stand in the functions: the parent process imports
-this module and must not touch the device.
+    python -m experiments.bench_scale_cases '{"name": "peak", "case": "peak", "smoke": true}' < /dev/null
+
+A case is case(options) -> (compile seconds by name, run); run() gives pieces of the result as they are there.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -344,10 +346,16 @@ def align_case(o: dict) -> Case:
 CASES = {"peak": peak_case, "attention": kernel_case, "experts": kernel_case, "stage": stage_case, "align": align_case}
 
 
-def child(o: dict) -> None:
-    """One case: compiles, says so, waits for a line on stdin, runs, prints what it finds. Lines of JSON on stdout."""
-    took, run = CASES[o["case"]](o)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("options", type=json.loads, help="JSON: name, case, smoke, attention, moe, block, form, stage, tokens, seconds")
+    options = parser.parse_args().options
+    took, run = CASES[options["case"]](options)
     print(json.dumps({"compile_seconds": {name: round(s, 2) for name, s in took.items()}}), flush=True)
     sys.stdin.readline()
     for part in run():
         print(json.dumps(part), flush=True)
+
+
+if __name__ == "__main__":
+    main()
