@@ -49,7 +49,7 @@ def start(options: dict, folder: pathlib.Path) -> Process:
     environment = {
         **os.environ,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
+        "XLA_CLIENT_MEM_FRACTION": "0.94",
         "PYTHONUNBUFFERED": "1",
     }
     if options["smoke"]:
