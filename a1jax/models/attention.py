@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from a1jax.config import ConfigError
+from a1jax.models.attention_gpu import flash_attention
 from a1jax.models.config import ModelConfig
 from a1jax.models.layers import linear, matrix, norm_weight, own_heads, rms_norm, rotate
 from a1jax.params import ParamSpec
@@ -172,6 +174,11 @@ def apply(
     cfg: ModelConfig,
 ) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
+    flash = {"flash": "cudnn", "flash_triton": "triton"}.get(cfg.attention)
+    if flash and is_sharded():
+        raise ConfigError(f"attention '{cfg.attention}' is for one GPU without a mesh: set attention = 'chunked'")
     q, k, v, gate = project(p, x, cos, sin, cfg)
+    if flash:
+        return output(p, flash_attention(q, k, v, runs, flash, cfg.flash_runs), gate)
     run = attention_sharded if is_sharded() else causal_attention
     return output(p, run(q, k, v, runs, cfg.attention_chunk), gate)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from a1jax.config import ConfigError
 
 CHOICES = {
-    "remat": ("none", "block"),
-    "moe": ("dense", "ragged", "blocked"),
+    "remat": ("none", "block", "layer"),
+    "moe": ("dense", "ragged", "blocked", "grouped"),
+    "attention": ("auto", "chunked", "splash", "flash", "flash_triton"),
     "conv_init": ("normal", "uniform"),
     "decay_init": ("reference", "spread"),
     "compute_dtype": ("float32", "bfloat16"),
@@ -47,10 +48,17 @@ class ModelConfig:
     scale_embeddings: bool = False  # True: token embeddings times sqrt(d_model), for tied tables drawn with std 1/sqrt(d_model)
     load_balance_coef: float = 1e-3  # weight of the load-balance loss in aux["loss"]; balanced routing has a loss of num_experts_active
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2) in aux["loss"]; holds the router logits small
-    remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass
+    remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass; "layer": inputs of every
+    # mixer and mixture, four to sixteen times as many, but only one of them is computed again at a time: long rows on one device
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
     attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
+    attention: str = (
+        "auto"  # full attention: "chunked", plain XLA; "flash": cuDNN's kernel, "flash_triton": the other one, on an NVIDIA GPU
+    )
+    flash_runs: int = 64  # most runs per row that "flash" has room for; rows with more come back as nan
     moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; on a CPU "dense", every expert on every token, below 16, else "blocked"
+    # ... and "grouped": "ragged" by jax's kernels for Hopper GPUs, where XLA's ragged_dot multiplies every row with every expert
+    expert_block: int = 64  # pairs of token and expert per block of moe "blocked": every block reads its expert's weights; 512 on a GPU
     compute_dtype: str = "bfloat16"  # of activations and matmuls; softmax, router, norms and recurrence stay float32
     param_dtype: str = "float32"  # of stored parameters and their gradients
     init_std: float = 0.02  # std of weight matrices and of the embedding; 0: 1/sqrt(fan in), which small models need
@@ -185,4 +193,22 @@ def medium(**changes) -> ModelConfig:
     return _small(**{**sizes, **changes})
 
 
-NAMED = {"qwen3_5_35b_a3b": qwen3_5_35b_a3b, "tiny": tiny, "tiny_deep": tiny_deep, "small": small, "medium": medium}
+def one_billion(**changes) -> ModelConfig:
+    """The reference's layers and pattern at width 1,024: 995,218,304 parameters, 290,575,232 of them used by a token.
+
+    For one GPU: heads of 256 and states of 128 x 128 as in the 35B, 32 experts of its width, 4 a token, a table of 32,768 ids.
+    """
+    sizes = {"vocab_size": 32_768, "d_model": 1024, "num_layers": 16, "num_heads": 8, "linear_num_key_heads": 8,
+             "linear_num_value_heads": 16, "num_experts": 32, "num_experts_active": 4, "tie_embeddings": True, "remat": "block",
+             "attention_chunk": 512}  # fmt: skip
+    return dataclasses.replace(ModelConfig(), **{**sizes, **changes})
+
+
+NAMED = {
+    "qwen3_5_35b_a3b": qwen3_5_35b_a3b,
+    "one_billion": one_billion,
+    "tiny": tiny,
+    "tiny_deep": tiny_deep,
+    "small": small,
+    "medium": medium,
+}

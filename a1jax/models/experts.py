@@ -1,4 +1,4 @@
-"""The routed experts of one device, in three forms that give the same numbers: dense, ragged, blocked.
+"""The routed experts of one device, in forms that give the same numbers: dense, ragged (grouped: by other kernels), blocked.
 
 x [T, D], router weights [T, E] (at most A above 0 per token), gate_up [E, D, 2 F], down [E, F, D] -> [T, D]. No form drops a token.
 Weights come in the type they are stored in and are cast where they multiply: their gradients are then summed, over rows and devices, in
@@ -7,15 +7,17 @@ the stored type (float32) and not in the type of the activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from a1jax.models.config import ModelConfig
+from a1jax.models.experts_gpu import grouped_dot
 from a1jax.models.layers import linear, silu
 
 DENSE_ROWS = 256  # tokens per step of experts_dense: [rows, E * F] float32 is half a megabyte for the tiny configurations
-BLOCK_ROWS = 64  # pairs of token and expert per block of experts_blocked
 
 
 def experts_local(
@@ -30,11 +32,13 @@ def experts_local(
     (rows, e), active = per_token.shape, min(cfg.num_experts_active, down.shape[0])
     # A decoding step: filling up the blocks, and copying weights for them (as dear as their matmul), would cost more than all experts
     # on all tokens.
-    few = rows * e <= 2 * (rows * active + e * BLOCK_ROWS)
+    few = rows * e <= 2 * (rows * active + e * cfg.expert_block)
     if cfg.moe == "dense" or (cfg.moe == "blocked" and few):
         return experts_dense(flat, per_token, gate_up, down).reshape(x.shape)
-    sparse = experts_ragged if cfg.moe == "ragged" else experts_blocked
-    return sparse(flat, per_token, gate_up, down, active).reshape(x.shape)
+    if cfg.moe == "blocked":
+        return experts_blocked(flat, per_token, gate_up, down, active, cfg.expert_block).reshape(x.shape)
+    dot = jax.lax.ragged_dot if cfg.moe == "ragged" else grouped_dot
+    return experts_ragged(flat, per_token, gate_up, down, active, dot).reshape(x.shape)
 
 
 def glu(x: jax.Array, width: int) -> jax.Array:
@@ -89,10 +93,16 @@ permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, g:
 
 
 def experts_ragged(
-    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], active: int
+    x: Float[Array, "T D"],
+    weights: Float32[Array, "T E"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    active: int,
+    dot: Callable = jax.lax.ragged_dot,
 ) -> Float[Array, "T D"]:
     """Pairs of token and expert sorted by expert, then grouped matmuls; arguments as experts_dense, weights with at most `active`
-    entries above 0 per token. There is room for T * active pairs, so nothing can be dropped; missing pairs lie behind the last group."""
+    entries above 0 per token. There is room for T * active pairs, so nothing can be dropped; missing pairs lie behind the last group.
+    dot(rows, stack of matrices, rows per group): the grouped matmul."""
     e, f, _ = down.shape
     weight, expert = jax.lax.top_k(weights, active)
     expert = jnp.where(weight > 0, expert, e).reshape(-1)  # e: no expert here
@@ -101,33 +111,38 @@ def experts_ragged(
     sizes = jnp.sum(expert[:, None] == jnp.arange(e)[None], axis=0, dtype=jnp.int32)
     real = (jnp.arange(expert.shape[0]) < jnp.sum(sizes))[:, None]  # rows behind the last group are undefined: never let them through
     h = jnp.where(real, gather_pairs(x, order, place), 0)
-    h = jnp.where(real, glu(jax.lax.ragged_dot(h, gate_up.astype(h.dtype), sizes), f), 0)
-    y = jnp.where(real, jax.lax.ragged_dot(h, down.astype(h.dtype), sizes), 0)
+    h = jnp.where(real, glu(dot(h, gate_up.astype(h.dtype), sizes), f), 0)
+    y = jnp.where(real, dot(h, down.astype(h.dtype), sizes), 0)
     y = permute(y, place, order).reshape(x.shape[0], active, -1)
     return jnp.sum(y * weight[..., None].astype(y.dtype), axis=1)
 
 
 def experts_blocked(
-    x: Float[Array, "T D"], weights: Float32[Array, "T E"], gate_up: Float[Array, "E D F2"], down: Float[Array, "E F D"], active: int
+    x: Float[Array, "T D"],
+    weights: Float32[Array, "T E"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    active: int,
+    block: int = 64,
 ) -> Float[Array, "T D"]:
-    """Pairs sorted by expert, every expert's pairs filled up to whole blocks of BLOCK_ROWS, one batched matmul over the blocks.
+    """Pairs sorted by expert, every expert's pairs filled up to whole blocks of ``block``, one batched matmul over the blocks.
 
-    For CPUs, whose ragged_dot costs as much as all experts on all tokens and more. Not for large experts: every block has a copy of
-    its expert's weights, and a gradient of them.
+    For CPUs and GPUs, whose ragged_dot costs as much as all experts on all tokens and more. Every block has a copy of its expert's
+    weights, and a gradient of them: large experts want large blocks, which cost num_experts half-filled ones.
     """
     (e, _, d), t = down.shape, x.shape[0]
     weight, expert = jax.lax.top_k(weights, active)
     expert = jnp.where(weight > 0, expert, e).reshape(-1)  # e: no expert here
     chosen = (expert[:, None] == jnp.arange(e)[None]).astype(jnp.int32)
-    blocks = -(-jnp.sum(chosen, axis=0) // BLOCK_ROWS)  # per expert
+    blocks = -(-jnp.sum(chosen, axis=0) // block)  # per expert
     ends = jnp.cumsum(blocks)
-    n = -(-t * active // BLOCK_ROWS) + e  # enough for any imbalance
+    n = -(-t * active // block) + e  # enough for any imbalance
     owner = jnp.minimum(jnp.sum(jnp.arange(n)[:, None] >= ends[None], axis=1), e - 1)
     rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=1)  # place among the pairs of the same expert
-    first = jnp.append((ends - blocks) * BLOCK_ROWS, n * BLOCK_ROWS)
-    row = jnp.where(expert < e, first[expert] + rank, n * BLOCK_ROWS)  # pair -> row of the blocks; beyond them: none
-    pair = jnp.full((n * BLOCK_ROWS,), t * active, jnp.int32).at[row].set(jnp.arange(t * active, dtype=jnp.int32), mode="drop")
-    h = take_rows(jnp.repeat(x, active, axis=0), pair, row).reshape(n, BLOCK_ROWS, d)
+    first = jnp.append((ends - blocks) * block, n * block)
+    row = jnp.where(expert < e, first[expert] + rank, n * block)  # pair -> row of the blocks; beyond them: none
+    pair = jnp.full((n * block,), t * active, jnp.int32).at[row].set(jnp.arange(t * active, dtype=jnp.int32), mode="drop")
+    h = take_rows(jnp.repeat(x, active, axis=0), pair, row).reshape(n, block, d)
     h = glu(grouped_matmul(h, gate_up, owner), gate_up.shape[-1] // 2)
     y = take_rows(grouped_matmul(h, down, owner).reshape(-1, d), row, pair).reshape(t, active, d)
     return jnp.sum(y * weight[..., None].astype(y.dtype), axis=1)

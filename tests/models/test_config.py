@@ -4,7 +4,7 @@ import pytest
 
 from a1jax.config import ConfigError
 from a1jax.models import transformer
-from a1jax.models.config import NAMED, ModelConfig, qwen3_5_35b_a3b, tiny
+from a1jax.models.config import NAMED, ModelConfig, one_billion, qwen3_5_35b_a3b, tiny
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,8 @@ from a1jax.models.config import NAMED, ModelConfig, qwen3_5_35b_a3b, tiny
         ({"delta_chunk": 12}, "delta_chunk is 12: make it a power of two"),
         ({"rotary_fraction": 0.1}, "rotary width 3 of head_dim 32 must be even"),
         ({"rotary_fraction": 0.0}, "rotary width 0"),
-        ({"moe": "sparse"}, "moe is 'sparse': choose one of dense, ragged, blocked"),
+        ({"moe": "sparse"}, "moe is 'sparse': choose one of dense, ragged, blocked, grouped"),
+        ({"attention": "fast"}, "attention is 'fast': choose one of auto, chunked, splash, flash, flash_triton"),
         ({"remat": "all"}, "remat is 'all'"),
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'"),
         ({"d_model": 0}, "d_model is 0: give a number of at least 1"),
@@ -52,3 +53,14 @@ def test_the_35b_model_has_35b_parameters_of_which_3b_are_active():
     assert 34.5e9 < total < 35.5e9
     assert 2.9e9 < active - vocabulary * d < 3.0e9  # the embedding is looked up, not multiplied
     assert transformer.parameter_counts(qwen3_5_35b_a3b(tie_embeddings=True))[0] == total - vocabulary * d
+
+
+def test_the_one_billion_member_counted_by_hand():
+    d, layers, vocabulary, expert = 1024, 16, 32_768, 3 * 1024 * 512
+    moe = 32 * expert + expert + d + d * 32
+    key, value = 8 * 128, 16 * 128
+    delta = d * (2 * key + value) + d * value + 2 * d * 16 + 4 * (2 * key + value) + 2 * 16 + 128 + value * d
+    attention = d * 8 * 256 * 2 + 2 * d * 2 * 256 + 8 * 256 * d + 2 * 256
+    total = layers * (moe + 2 * d) + 12 * delta + 4 * attention + vocabulary * d + d  # one table, tied
+    assert transformer.parameter_counts(one_billion()) == (total, total - layers * 28 * expert) == (995_218_304, 290_575_232)
+    assert [one_billion().is_full_attention(i) for i in range(16)] == [False, False, False, True] * 4

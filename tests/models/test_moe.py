@@ -94,8 +94,7 @@ def assert_same(got, expected):
 
 
 def test_dense_ragged_blocked_and_the_definition_agree(small, layer, one_device, monkeypatch):
-    dense, blocked = (dataclasses.replace(small, moe=form) for form in ("dense", "blocked"))
-    monkeypatch.setattr(experts, "BLOCK_ROWS", 8)
+    dense, blocked = (dataclasses.replace(small, moe=form, expert_block=8) for form in ("dense", "blocked"))
     for kind, expected in one_device.items():
         np.testing.assert_allclose(expected[1], naive(layer, x_of(kind), 2), atol=1e-5)
         assert_same(gradient(layer, x_of(kind), dense), expected)

@@ -101,6 +101,17 @@ def test_remat_computes_again(free, one_device, untied):
     assert extra > 0.6 * forward  # all but the last matmuls of a block, whose results no gradient needs, and the logits
 
 
+def test_remat_per_layer_changes_no_value(free, one_device, untied):
+    arguments, expected = one_device
+    layer = dataclasses.replace(untied, remat="layer")
+    assert_close(value_and_gradient(free, *arguments, layer), expected)
+    text = {
+        c: jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=6).lower(free, *arguments, c).as_text() for c in (untied, layer)
+    }
+    more = [t.count("stablehlo.dot_general") for t in text.values()]
+    assert more[1] > more[0] and text[layer].count("optimization_barrier") == 2 * untied.block_layers
+
+
 def test_aux_by_its_parts_and_without_padding(free, one_device, untied):
     (tokens, positions, segments, weight, _), ((_, (_, aux)), gradient) = one_device
     assert float(aux["loss"]) == pytest.approx(float(0.3 * aux["router/load_balance"] + 0.1 * aux["router/z"]), rel=1e-6)
