@@ -58,7 +58,7 @@ def aligned_topk(
     hidden [N, D]; arranged: ``layout.arrange(unembed, layout.build(unit_of_teacher))``; between: int32 [N] twice, only rows of
     rank lower <= rank < upper count then (a straddled position: teacher tokens that start with the pending bytes).
     soft_cap, temperature: logits become cap * tanh(logit / cap) / temperature. implementation: "auto" is the kernel on a TPU
-    and blocked XLA elsewhere; "triton" is the kernel for GPUs, not yet tried on one; "interpret" runs the TPU kernel's body
+    and blocked XLA elsewhere; "triton" is the kernel for GPUs, no faster on an H100; "interpret" runs the TPU kernel's body
     anywhere, slowly. tiles: of the kernel, by default for the device in use; no result depends on them.
 
     Raises ValueError for shapes that do not belong together, k below 1, another implementation, or a temperature not above 0.

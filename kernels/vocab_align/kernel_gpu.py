@@ -1,4 +1,4 @@
-"""The same search for GPUs, through Pallas' Triton backend. Lowered and interpreted in tests, never yet run on a GPU: not a default.
+"""The same search for GPUs, through Pallas' Triton backend. Interpreted in tests; on an H100 as fast as blocked XLA: not a default.
 
 One program per tile of tokens walks the permuted matrix in *pieces*: R / 16 lanes of one block, all its planes, which a loop adds
 up as it multiplies. So the kinds need no branches, a piece is (first row, stride, planes, bin). The bins live in the output and are
