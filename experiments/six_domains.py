@@ -161,7 +161,9 @@ def teachers(limits: Limits) -> dict:
             (Prompts((4, 5, 6)),),
             candidates=128,
         ),
-        "engineering": recipes.sft_then_grpo(Runs({2: 150, 3: 250}), sft, dataclasses.replace(rubrics, prompts=10, rows=44), (Prompts((2, 3)),)),
+        "engineering": recipes.sft_then_grpo(
+            Runs({2: 150, 3: 250}), sft, dataclasses.replace(rubrics, prompts=10, rows=44), (Prompts((2, 3)),)
+        ),
         "science": recipes.science(Runs({1: 150, 2: 150}, DERIVATIONS), sft, Runs({2: 150, 3: 200, 4: 200}), sft),
         "instruction_following": recipes.instruction_following(
             dataclasses.replace(rubrics, steps=60, prompts=32, rows=80),
