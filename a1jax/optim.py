@@ -1,12 +1,13 @@
 """Optimizers as functions to bind in a config: ``bind(optim.adamw, learning_rate=1e-5)``; a stage adds parameter specs and steps.
 
 Peak rates and the length of the schedule live in the optimizer's state, not in the program: stages that differ only there share one
-compiled train step (``program``).
+compiled train step (``program``). For bfloat16 parameters (``model.param_dtype``): ``bind(optim.adamw, precision="master")`` or
+"stochastic", see update_rule; ``update_rule.rule`` does the same for any optax transformation.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
 from .config import Binding, ConfigError, bind
+from .update_rule import Precision, Rule, rule
 
 # Logical axes that mark a parameter as something else than a plain matrix: tables, taps, norms, gates.
 _NOT_MATRICES = {"vocab", "tap", "norm", "single", "router"}
 _STACKS = {"layers", "experts"}
 _IN_STATE = ("learning_rate", "table_learning_rate", "warmup", "final")
+Stored = Literal["as_parameter", "float32", "bfloat16"]
 
 
 class ScheduleState(NamedTuple):
@@ -81,17 +84,45 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.1,
     clip: float = 1.0,
-) -> optax.GradientTransformation:
+    precision: Precision = "plain",
+    first_moment: Stored = "as_parameter",
+    second_moment: Stored = "as_parameter",
+    offload: bool = False,
+) -> optax.GradientTransformation | Rule:
     """AdamW, cosine with warm-up, global-norm clip; defaults are the paper's stage 1 (arXiv 2606.30616, 4.1; b2 and clip are ours).
 
     learning_rate: peak. weight_decay acts on matrices and tables, not on norms, gates and taps. final=1.0 is a constant rate.
+    precision: of bfloat16 parameters, see update_rule. first_moment, second_moment: stored type between steps ("as_parameter": float32
+    with master and stochastic); they are computed in float32, and rounded to nearest. offload: moments and masters lie in host memory.
+    Raises ConfigError for a bfloat16 moment that decays too slowly for its 8 bits.
     """
-    decay = jax.tree.map(lambda s: is_matrix(s) or "vocab" in s.axes, specs)
-    return optax.chain(
+    for name, stored, decay in (("first_moment", first_moment, b1), ("second_moment", second_moment, b2)):
+        if stored == "bfloat16" and 1.0 - decay <= 2.0**-8:  # half the largest distance between neighbours: rounding would undo it
+            letter = {"first_moment": "b1", "second_moment": "b2"}[name]
+            raise ConfigError(f"adamw {name} is bfloat16 with {letter} {decay}: it would never fall; use float32, or {letter} below 0.996")
+    spared = jax.tree.map(lambda s: is_matrix(s) or "vocab" in s.axes, specs)
+    types = {name: None if x == "as_parameter" else x for name, x in (("mu", first_moment), ("nu", second_moment))}
+    chained = optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=decay),
+        optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=spared, mu_dtype=types["mu"]),
         scheduled(specs, steps, learning_rate, learning_rate, warmup, final),
     )
+    return rule(_second_moment_as(chained, types["nu"]), precision, offload)
+
+
+def _second_moment_as(tx: optax.GradientTransformation, dtype: str | None) -> optax.GradientTransformation:
+    """tx with Adam's second moment stored so. optax names a type for the first one only, but keeps the second in the type it begins in."""
+    if dtype is None:
+        return tx
+
+    def adam(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByAdamState)
+
+    def init(params: Any) -> Any:
+        cast = lambda s: s._replace(nu=optax.tree.cast(s.nu, dtype)) if adam(s) else s  # noqa: E731
+        return jax.tree.map(cast, tx.init(params), is_leaf=adam)
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def muon(
@@ -105,18 +136,21 @@ def muon(
     b2: float = 0.99,
     weight_decay: float = 0.0,
     clip: float = 1.0,
-) -> optax.GradientTransformation:
+    precision: Precision = "plain",
+    offload: bool = False,
+) -> optax.GradientTransformation | Rule:
     """Muon on the matrices of every layer and expert, Adam on everything else; cosine with warm-up, global-norm clip.
 
     learning_rate: peak for matrices; table_learning_rate: peak for embeddings, taps, gates, norms and the router.
-    The quickstart trains with it (optax.contrib.muon; Jordan et al. 2024).
+    precision, offload: as in adamw. The quickstart trains with it (optax.contrib.muon; Jordan et al. 2024).
     """
     numbers = jax.tree.map(lambda s: MuonDimensionNumbers(len(s.axes) - 2, len(s.axes) - 1) if is_matrix(s) else None, specs)
-    return optax.chain(
+    chained = optax.chain(
         optax.clip_by_global_norm(clip),
         optax_muon(1.0, weight_decay=weight_decay, adam_b2=b2, adam_learning_rate=1.0, muon_weight_dimension_numbers=numbers),
         scheduled(specs, steps, learning_rate, table_learning_rate, warmup, final),
     )
+    return rule(chained, precision, offload)
 
 
 def program(optimizer: Binding, steps: int) -> Binding:

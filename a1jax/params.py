@@ -94,6 +94,33 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, specs)
 
 
+def constrain(specs: Any, tree: Any) -> Any:
+    """Inside jit: a tree that has the parameters somewhere in it (gradients, an optimizer's state), told to lie as they do; as it is
+    without a mesh."""
+    if not sharding.is_sharded():
+        return tree
+
+    def place(leaf, spec):
+        axes, shape = ((), ()) if spec is None else (spec.axes, spec.shape)
+        return jax.lax.with_sharding_constraint(leaf, sharding.partition_spec(axes, jax.sharding.get_abstract_mesh(), shape))
+
+    return with_owners(place, tree, specs)
+
+
+def with_owners(function: Callable[[Any, Any], Any], tree: Any, params: Any) -> Any:
+    """function(leaf, owner) for every leaf of a tree that has trees like ``params`` somewhere in it: an optimizer's state.
+
+    owner: the leaf of ``params`` (an array or a spec) whose path ends the leaf's own and whose shape it has; None for counts and rates.
+    """
+    known = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def call(path, leaf):
+        owners = (known.get(path[start:]) for start in range(len(path) + 1))  # the longest path first: norm is not attention/norm
+        return function(leaf, next((o for o in owners if o is not None and tuple(o.shape) == tuple(leaf.shape)), None))
+
+    return jax.tree_util.tree_map_with_path(call, tree)
+
+
 def count(specs: Any) -> int:
     """Number of parameters."""
     return sum(math.prod(s.shape) for s in jax.tree.leaves(specs))

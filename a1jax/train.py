@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from . import checkpoint, metrics
+from . import params as param_specs
 from .types import Metrics, Params, TrainState
+from .update_rule import Rule, plain_step, to_device, to_host
 
 LossFn = Callable[[Params, Any, float], tuple[jax.Array, Metrics]]
 """loss(params, batch slice, share) -> (scalar float32, sums). Loss and sums are additive over slices (weights are of the whole batch);
@@ -34,35 +38,53 @@ class Source(Protocol):
 
 def make_train_step(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | Rule,
     microbatches: int = 1,
     weigh: Callable[[Any], Any] | None = None,
     finish: Callable[[Metrics], Metrics] | None = None,
+    specs: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), to be jitted by the caller with the state donated.
 
     batch: a pytree of arrays with leading axis B, a multiple of ``microbatches``. weigh(batch) -> batch adds whole-batch weights.
     finish(sums) -> metrics turns the loss's added-up sums into what is reported.
     Gradients are accumulated in float32 by summation over micro-batches in a scan.
+    specs: the parameters' ParamSpecs. Under a mesh gradients, their sum, the new parameters and the optimizer's state lie as these say;
+    without them the compiler chooses, and may choose whole copies.
     """
+
+    def cut(tree: Any) -> Any:
+        return tree if specs is None else param_specs.constrain(specs, tree)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         batch = weigh(batch) if weigh is not None else batch
-        grad_fn = jax.value_and_grad(lambda p, b: loss_fn(p, b, 1.0 / microbatches), has_aux=True)
+        value_and_grad = jax.value_and_grad(lambda p, b: loss_fn(p, b, 1.0 / microbatches), has_aux=True)
+
+        def grad_fn(params: Params, piece: Any) -> Any:
+            value, grads = value_and_grad(params, piece)
+            return value, cut(grads)
+
         if microbatches == 1:
             (loss, parts), grads = grad_fn(state.params, batch)
         else:
             slices = jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
             first = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], slices))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+            value, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
 
             def add(total, piece):
                 return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grad_fn(state.params, piece)), None
 
-            ((loss, parts), grads), _ = jax.lax.scan(add, zeros, slices)
+            ((loss, parts), grads), _ = jax.lax.scan(add, (value, cut(grads)), slices)
+        if isinstance(tx, Rule):
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            opt_state = to_device(state.opt_state, state.params) if tx.host else state.opt_state
+            params, opt_state = tx.step(grads, opt_state, state.params, state.key)
+        else:
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            params, opt_state = plain_step(tx, grads, state.opt_state, state.params)
+        params, opt_state = cut((params, opt_state))
+        if isinstance(tx, Rule) and tx.host:
+            opt_state = to_host(opt_state, params)
         parts = finish(parts) if finish is not None else parts
         out = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, state.key), out
@@ -70,13 +92,48 @@ def make_train_step(
     return step
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation | Rule, seed: int) -> TrainState:
     """A fresh state; parameters are copied, because the train step donates its state and the caller may want to keep them.
 
-    Under a mesh the optimizer's state follows its parameters' shardings.
+    Under a mesh every moment and master is made where it will lie, cut as its parameter; what belongs to no parameter is on all devices.
     """
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), jax.random.key(seed))
+    opt_state = jax.jit(tx.init, out_shardings=_places(params, tx))(params)
+    step, key = jnp.zeros((), jnp.int32), jax.random.key(seed)
+    if isinstance(whole := _everywhere(params), NamedSharding):  # where the step leaves them: else its second call would compile again
+        step, key = jax.device_put((step, key), whole)
+    return TrainState(step, params, opt_state, key)
+
+
+def abstract_state(params: Params, tx: optax.GradientTransformation | Rule) -> TrainState:
+    """Shapes, types and places of ``init_state``'s result, to compile a step for devices that are not here.
+
+    params: ShapeDtypeStructs with NamedShardings."""
+    places, whole = _places(params, tx), _everywhere(params)
+    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(tx.init, params), places)
+    step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
+    step, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (step, key))
+    return TrainState(step, params, opt_state, key)
+
+
+def _places(params: Params, tx: optax.GradientTransformation | Rule) -> Any:
+    """A sharding for everything in the optimizer's state; None where there is no choice."""
+    whole, host = _everywhere(params), isinstance(tx, Rule) and tx.host
+    if not (host or isinstance(whole, NamedSharding)):
+        return None  # one device: where jax puts things
+
+    def place(leaf: Any, owner: Any) -> Any:
+        if owner is None:
+            return whole
+        return owner.sharding.with_memory_kind("pinned_host") if host else owner.sharding
+
+    return param_specs.with_owners(place, jax.eval_shape(tx.init, params), params)
+
+
+def _everywhere(params: Params) -> Any:
+    """All devices of the parameters, each with the whole array."""
+    some = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(some.mesh, P()) if isinstance(some, NamedSharding) else some
 
 
 def fit(

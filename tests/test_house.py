@@ -18,7 +18,7 @@ FLOORS = (
     {"kernels"},
     {"__init__", "params", "sharding", "types", "config", "config_types", "config_bind", "config_files"},
     {"models", "losses", "align"},
-    {"train", "optim", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"},
+    {"train", "optim", "update_rule", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"},
     {"stages"},
     {"main", "analysis"},
 )
