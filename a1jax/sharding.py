@@ -122,8 +122,8 @@ def is_sharded() -> bool:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": for what the program that is being traced is meant. The current mesh's devices tell, which need not be of this
-    machine when a program is only compiled; without a mesh it is the default device's."""
+    """What the program that is being traced is meant for: "cpu", "gpu" or "tpu". The current mesh's devices tell, which are not this
+    machine's when a program is only compiled; without a mesh it is the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

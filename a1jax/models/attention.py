@@ -178,8 +178,9 @@ def attention_sharded(
         if not context:
             return attend_earlier(q, k, v, runs, cfg)
         k, v, key_runs = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v, runs))
+        # A kernel that skips what a query cannot see gains by an even share of the pairs; chunks of the whole row never skip.
         if chosen_kernel(cfg) == "splash" and q.shape[1] % 2 == 0:
-            return attention_tpu.over_context(q, k, v, key_runs, context)
+            return attention_tpu.over_context(q, k, v, runs, key_runs, context)
         return attend_earlier(q, k, v, runs, cfg, key_runs, jax.lax.axis_index(context) * q.shape[1])
 
     tokens, kv = ("batch", "length"), ("batch", "length", kv_axis, None)

@@ -57,6 +57,7 @@ def over_context(
     q: Float[Array, "B T H F"],
     k: Float[Array, "B S K F"],
     v: Float[Array, "B S K F"],
+    runs: Int[Array, "B T"],
     key_runs: Int[Array, "B S"],
     axes: context.Axes,
 ) -> Float[Array, "B T HF"]:
@@ -65,9 +66,8 @@ def over_context(
     The queries of a later shard see more keys: of n shards the last does 2 - 1/n times the mean, and all wait. So every shard sends half
     of its queries away and computes for an early and a late piece; the results travel back. T must be even.
     """
-    places = context.balanced_places(q.shape[1], axes)
-    out = splash_attention(context.balance(q, axes), k, v, jnp.take(key_runs, places, axis=1), key_runs, places)
-    return context.restore(out, axes)
+    q, runs = (context.balance(x, axes) for x in (q, runs))
+    return context.restore(splash_attention(q, k, v, runs, key_runs, context.balanced_places(q.shape[1], axes)), axes)
 
 
 def _block(length: int, most: int) -> int:
