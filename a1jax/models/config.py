@@ -51,10 +51,9 @@ class ModelConfig:
     remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass; "layer": inputs of every
     # mixer and mixture, four to sixteen times as many, but only one of them is computed again at a time: long rows on one device
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
-    attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
-    attention: str = (
-        "auto"  # full attention: "chunked", plain XLA; "flash": cuDNN's kernel, "flash_triton": the other one, on an NVIDIA GPU
-    )
+    attention: str = "auto"  # full attention: "chunked" by XLA, "splash" by the TPU kernel; "auto": splash on TPU, chunked elsewhere
+    # ... and on one NVIDIA GPU "flash" by cuDNN's kernel, "flash_triton" by Pallas'
+    attention_chunk: int = 0  # query rows per step of chunked attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
     flash_runs: int = 64  # most runs per row that "flash" has room for; rows with more come back as nan
     moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; on a CPU "dense", every expert on every token, below 16, else "blocked"
     # ... and "grouped": "ragged" by jax's kernels for Hopper GPUs, where XLA's ragged_dot multiplies every row with every expert
