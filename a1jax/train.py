@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import checkpoint, metrics
+from . import checkpoint, metrics, sharding
+from . import params as param_specs
 from .types import Metrics, Params, TrainState
 
 LossFn = Callable[[Params, Any, float], tuple[jax.Array, Metrics]]
@@ -38,11 +39,13 @@ def make_train_step(
     microbatches: int = 1,
     weigh: Callable[[Any], Any] | None = None,
     finish: Callable[[Metrics], Metrics] | None = None,
+    specs: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), to be jitted by the caller with the state donated.
 
     batch: a pytree of arrays with leading axis B, a multiple of ``microbatches``. weigh(batch) -> batch adds whole-batch weights.
     finish(sums) -> metrics turns the loss's added-up sums into what is reported.
+    specs: of the parameters: under a mesh the new state lies as the table says. Metrics lie on every device, whatever is asked.
     Gradients are accumulated in float32 by summation over micro-batches in a scan.
     """
 
@@ -65,18 +68,24 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         parts = finish(parts) if finish is not None else parts
         out = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, state.key), out
+        new = TrainState(state.step + 1, params, opt_state, state.key)
+        out = jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out)  # every process can read them
+        return (new if specs is None else param_specs.constrain(specs, new)), out
 
     return step
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation, seed: int, specs: Any = None) -> TrainState:
     """A fresh state; parameters are copied, because the train step donates its state and the caller may want to keep them.
 
-    Under a mesh the optimizer's state follows its parameters' shardings.
+    specs: of the parameters: under a mesh the optimizer's state lies as its parameters do. Without them it is copied to every device.
     """
+
+    def start(params: Params) -> Any:
+        return tx.init(params) if specs is None else param_specs.constrain(specs, tx.init(params))
+
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(start)(params), jax.random.key(seed))
 
 
 def fit(

@@ -279,7 +279,7 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], settin
 
         def step(state: TrainState, data: Any, frozen: full.Frozen | None) -> tuple[TrainState, Metrics]:
             loss_fn = functools.partial(loss, model=setting.model, cfg=cfg, members=members, frozen=frozen)
-            return train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish)(state, data)
+            return train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish, setting.specs)(state, data)
 
         compiled = jax.jit(step, donate_argnums=(0,))
         return lambda state, data: compiled(state, data, frozen)  # an argument: a constant would be part of the program

@@ -170,8 +170,9 @@ def jitted_step(
 ) -> Callable:
     """One update, its state donated. Stages that differ only in data, rates and length share it, compiled."""
     loss_fn = functools.partial(loss, model=model, objective=objective, block=block, temperature=temperature)
-    tx = optimizer(transformer.specs(model), 1)
-    step = train.make_train_step(loss_fn, tx, microbatches, functools.partial(weigh, objective=objective), finish)
+    specs = transformer.specs(model)
+    weigh_fn = functools.partial(weigh, objective=objective)
+    step = train.make_train_step(loss_fn, optimizer(specs, 1), microbatches, weigh_fn, finish, specs)
     return jax.jit(step, donate_argnums=(0,))
 
 

@@ -153,8 +153,8 @@ def jitted_step(
     """The train step of this stage, its state donated. Stages that differ only in data, rates and length share it, compiled."""
     loss_fn = functools.partial(loss, model=model, vocab_block=vocab_block, tile=tile)
     weigh_fn = functools.partial(weigh, num_domains=num_domains, reduction=reduction)
-    tx = optimizer(transformer.specs(model), 1)
-    return jax.jit(train.make_train_step(loss_fn, tx, microbatches, weigh_fn, finish), donate_argnums=(0,))
+    specs = transformer.specs(model)
+    return jax.jit(train.make_train_step(loss_fn, optimizer(specs, 1), microbatches, weigh_fn, finish, specs), donate_argnums=(0,))
 
 
 def run(
