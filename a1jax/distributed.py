@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -31,8 +32,8 @@ def arguments(
 
     coordinator: HOST:PORT of process 0; then processes and process are needed too. "auto": jax asks the platform, which a TPU VM needs,
     whose environment does not tell how many there are. Each may instead be in the environment (NAMES). Where none is given, Slurm
-    (SLURM_NTASKS of a step) and TPUs on GKE (TPU_WORKER_HOSTNAMES, MEGASCALE_NUM_SLICES) are asked by jax when their variables say that there
-    are several. Raises ConfigError for half of it, and for numbers that are none.
+    (SLURM_NTASKS of a step) and TPUs on GKE (TPU_WORKER_HOSTNAMES, MEGASCALE_NUM_SLICES) are asked by jax when their variables say that
+    there are several. Raises ConfigError for half of it, and for numbers that are none.
     """
     found = {"coordinator": coordinator, "processes": processes, "process": process}
     for name, variable in NAMES.items():
@@ -86,10 +87,15 @@ def join(found: dict[str, Any]) -> None:
         raise ConfigError(f"the processes did not find each other: {str(error).partition(chr(10))[0]}") from error
 
 
+def joined() -> bool:
+    """Whether ``join`` was called, by whomever."""
+    jax = sys.modules.get("jax")  # who has not imported it has not joined
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def several() -> bool:
     """Whether this is one of several processes that have joined."""
-    jax = sys.modules.get("jax")  # who has not imported it has not joined
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+    return joined() and sys.modules["jax"].process_count() > 1
 
 
 def is_first() -> bool:
@@ -154,4 +160,6 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if several():
+        if is_first():
+            time.sleep(1.0)  # with process 0 goes the coordinator, and whoever still has the same mistake to report is killed
         os._exit(code)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -199,15 +200,23 @@ def put_batch(batch: types.Batch, mesh: Mesh, rows: Sequence[int] | None = None,
     placed = batch_shardings(mesh, batch.routes is not None)
     if rows is None and not mesh.is_multi_process:
         return jax.device_put(batch, placed)
+    return jax.tree.map(lambda x, sharding: _from_host(x, sharding, rows, shape[0]), batch, placed)
+
+
+def put_tokens(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """[B, T, ...] from host memory, where a batch of these rows lies. Raises as put_batch does."""
+    partition_spec(("batch", "length"), mesh, x.shape[:2])
+    return _from_host(x, NamedSharding(mesh, partition_spec(("batch", "length"), mesh)))
+
+
+def _from_host(x: np.ndarray, placed: NamedSharding, rows: Sequence[int] | None = None, total: int = 0) -> jax.Array:
+    """x, or an array of ``total`` rows of which x has these; a process need not have what no device of its own holds."""
     at = None if rows is None else {row: i for i, row in enumerate(rows)}
 
-    def put(x, sharding):
-        def part(index):
-            if at is None:
-                return x[index]
-            start, stop, _ = index[0].indices(shape[0])
-            return x[([at[row] for row in range(start, stop)], *index[1:])]
+    def part(index):
+        if at is None:
+            return x[index]
+        start, stop, _ = index[0].indices(total)
+        return x[at[start] : at[start] + stop - start][(slice(None), *index[1:])]  # rows in order: those of a device lie side by side
 
-        return jax.make_array_from_callback((shape[0], *x.shape[1:]), sharding, part)
-
-    return jax.tree.map(put, batch, placed)
+    return jax.make_array_from_callback((len(x) if at is None else total, *x.shape[1:]), placed, part)
