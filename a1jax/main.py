@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     config_files.source(cfg)  # refuses a config that could not be saved
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / cfg.name)
     others = distributed.arguments(args.coordinator, args.processes, args.process)
-    if others is not None:
+    if others is not None and not distributed.joined():
         distributed.join(others)
     distributed.by_first(lambda: _refuse_another_run(cfg, workdir))
     entry = provenance.collect(words, getattr(cfg, "seed", None))
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
     distributed.by_first(begin)
     if not (workdir / "config.py").exists():
-        raise config.ConfigError(f"{workdir}: this process does not see what process 0 wrote there; choose a --workdir that all hosts share")
+        raise config.ConfigError(
+            f"{workdir}: this process does not see what process 0 wrote there; choose a --workdir that all hosts share"
+        )
     try:
         with contextlib.ExitStack() as quiet:
             if not distributed.is_first():

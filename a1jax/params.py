@@ -94,48 +94,31 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, specs)
 
 
-def _of_parameters(specs: Any, tree: Any) -> Any:
-    """The tree with, for every leaf, the axes of the parameter it belongs to: one whose path ends with that parameter's and that has its
-    shape, as the moments of an optimizer do. None for a leaf that belongs to no parameter."""
-    owners = {tuple(map(_name, path)): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
-
-    def find(path, leaf):
-        names = tuple(map(_name, path))
-        found = (owners.get(names[i:]) for i in range(len(names)))
-        spec = next((spec for spec in found if spec is not None), None)
-        return spec.axes if spec is not None and spec.shape == tuple(jnp.shape(leaf)) else None
-
-    return jax.tree_util.tree_map_with_path(find, tree)
-
-
-def _name(key: Any) -> Any:
-    return next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field))
-
-
-def shardings_like(specs: Any, mesh: Mesh, tree: Any) -> Any:
-    """NamedSharding for every leaf (array or ShapeDtypeStruct) of a tree that holds parameters, or what an optimizer keeps of each, in
-    any depth: as their parameter lies, everything else on every device."""
-    axes = _of_parameters(specs, tree)
-
-    def place(own, leaf):
-        return sharding.replicated(mesh) if own is None else NamedSharding(mesh, sharding.partition_spec(own, mesh, leaf.shape))
-
-    return jax.tree.map(place, axes, tree, is_leaf=lambda x: x is None or _is_axes(x))
-
-
 def constrain(specs: Any, tree: Any) -> Any:
-    """``shardings_like`` within a jitted function, on the current mesh: what belongs to no parameter is left alone. The compiler would
-    otherwise copy what starts as zeros to every device, and let parameters drift to where it last used them."""
-    axes = _of_parameters(specs, tree)
+    """Inside jit: a tree that has the parameters somewhere in it (gradients, an optimizer's state), told to lie as they do; as it is
+    without a mesh."""
+    if not sharding.is_sharded():
+        return tree
 
-    def place(own, leaf):
-        return leaf if own is None else sharding.constrain(leaf, *own)
+    def place(leaf, spec):
+        axes, shape = ((), ()) if spec is None else (spec.axes, spec.shape)
+        return jax.lax.with_sharding_constraint(leaf, sharding.partition_spec(axes, jax.sharding.get_abstract_mesh(), shape))
 
-    return jax.tree.map(place, axes, tree, is_leaf=lambda x: x is None or _is_axes(x))
+    return with_owners(place, tree, specs)
 
 
-def _is_axes(x: Any) -> bool:
-    return type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
+def with_owners(function: Callable[[Any, Any], Any], tree: Any, params: Any) -> Any:
+    """function(leaf, owner) for every leaf of a tree that has trees like ``params`` somewhere in it: an optimizer's state.
+
+    owner: the leaf of ``params`` (an array or a spec) whose path ends the leaf's own and whose shape it has; None for counts and rates.
+    """
+    known = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def call(path, leaf):
+        owners = (known.get(path[start:]) for start in range(len(path) + 1))  # the longest path first: norm is not attention/norm
+        return function(leaf, next((o for o in owners if o is not None and tuple(o.shape) == tuple(leaf.shape)), None))
+
+    return jax.tree_util.tree_map_with_path(call, tree)
 
 
 def count(specs: Any) -> int:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from . import checkpoint, metrics, sharding
 from . import params as param_specs
@@ -45,8 +46,9 @@ def make_train_step(
 
     batch: a pytree of arrays with leading axis B, a multiple of ``microbatches``. weigh(batch) -> batch adds whole-batch weights.
     finish(sums) -> metrics turns the loss's added-up sums into what is reported.
-    specs: of the parameters: under a mesh the new state lies as the table says. Metrics lie on every device, whatever is asked.
     Gradients are accumulated in float32 by summation over micro-batches in a scan.
+    specs: the parameters' ParamSpecs. Under a mesh the new parameters and the optimizer's state lie as these say; without them the compiler
+    chooses, and may choose whole copies. Metrics lie on every device, so that every process can read them.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -66,26 +68,27 @@ def make_train_step(
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params, opt_state = (params, opt_state) if specs is None else param_specs.constrain(specs, (params, opt_state))
         parts = finish(parts) if finish is not None else parts
         out = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
-        new = TrainState(state.step + 1, params, opt_state, state.key)
-        out = jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out)  # every process can read them
-        return (new if specs is None else param_specs.constrain(specs, new)), out
+        out = jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out)
+        return TrainState(state.step + 1, params, opt_state, state.key), out
 
     return step
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, seed: int, specs: Any = None) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state; parameters are copied, because the train step donates its state and the caller may want to keep them.
 
-    specs: of the parameters: under a mesh the optimizer's state lies as its parameters do. Without them it is copied to every device.
+    Under a mesh what the optimizer keeps of a parameter is made where that lies; what belongs to no parameter is on all devices.
     """
-
-    def start(params: Params) -> Any:
-        return tx.init(params) if specs is None else param_specs.constrain(specs, tx.init(params))
-
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(start)(params), jax.random.key(seed))
+    some, places = jax.tree.leaves(params)[0].sharding, None
+    if isinstance(some, NamedSharding):
+        everywhere = sharding.replicated(some.mesh)
+        abstract = jax.eval_shape(tx.init, params)
+        places = param_specs.with_owners(lambda _, owner: everywhere if owner is None else owner.sharding, abstract, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init, out_shardings=places)(params), jax.random.key(seed))
 
 
 def fit(

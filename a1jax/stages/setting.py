@@ -146,7 +146,7 @@ def train_stage(
     tx = cfg.optimizer(setting.specs, cfg.steps)
     with setting.on_mesh():
         state = train.fit(
-            train.init_state(params, tx, setting.seed, setting.specs),
+            train.init_state(params, tx, setting.seed),
             make_step(tx),
             make_source(),
             steps=cfg.steps,
