@@ -58,7 +58,7 @@ def nearest(shape: Shape, devices: int, fits: Callable[[Shape], bool] = lambda s
     fewest axes, then the one that has more on the outer axes.
     """
     named = tuple(name for name in MESH_AXES if name in shape)
-    for axes in (named, MESH_AXES):
+    for axes in (named, tuple(name for name in MESH_AXES if name in shape or name != "slice")):  # how many pods there are is no choice
         possible = [found for found in products(devices, axes) if fits(found)]
         if possible:
             best = min(possible, key=lambda found: _distance(found, shape))

@@ -1,4 +1,4 @@
-"""Run as a script, not a test: one of several processes. Its words are those after ``a1jax``.
+"""Run as a script, not a test: one of several processes. Its words are those after ``a1jax``, the last one the folder of the run.
 
 Runs them; then makes batches on meshes that cut rows and lengths over the processes in other ways; then starts a run that cannot be, which
 ends this process with code 2.
@@ -48,4 +48,5 @@ if __name__ == "__main__":
     else:
         raise AssertionError("the processes have different arrays and nobody says so")
     print("all checks passed", flush=True)
-    sys.exit(main.main([*sys.argv[1:], "--set", "mesh.shape={'fsdp': 2, 'expert': 2}"]))
+    impossible = ["--workdir", f"{sys.argv[-1]}-impossible", "--set", "mesh.shape={'fsdp': 2, 'expert': 2}"]
+    sys.exit(main.main([*sys.argv[1:], *impossible]))

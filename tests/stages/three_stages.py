@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> Experiment:
     width = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "expert_width": 8, "shared_expert_width": 8}
     layers = {} if arg else {"num_layers": 1, "full_attention_interval": 2}
     plain, runs = bind(descent, rate=0.03), {d: Runs({1: 24}) for d in domains}
-    sft = SftConfig(steps=2, rows=4, max_length=64, optimizer=plain, save_every=1, log_every=1, vocab_block=640)
+    sft = SftConfig(steps=2, rows=4, max_length=64, optimizer=plain, save_every=2, log_every=1, vocab_block=640)
     limits = Limits(slots=4, max_turns=1, max_turn_tokens=4, max_length=64)  # all of one temperature: one program for all rollouts
     distill = DistillConfig(steps=2, prompts=2, lengths=(1,), rows=4, max_length=64, k=4, optimizer=plain, vocab_block=640, limits=limits)
     grpo = GrpoConfig(
