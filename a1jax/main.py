@@ -2,15 +2,20 @@
 ``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``,
 ``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback). Of several processes
+each has its own, and one that fails leaves at once.
 Imports are inside the functions, so that ``--help`` does not wait for jax.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from a1jax import __version__
@@ -24,17 +29,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args, words) if args.command == "run" else COMMANDS[args.command](args)
     except ValueError as error:
         if not isinstance(error, _user_errors()):
-            raise
+            return _leave(error)
         print(f"a1jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _leave(2)
     except KeyboardInterrupt:
         print("a1jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return _leave(130)
+    except Exception as error:
+        return _leave(error)
+
+
+def _leave(reason: int | Exception) -> int:
+    """The exit code, or the error raised on; one of several processes ends here, as its orderly end would wait for the others."""
+    distributed = sys.modules.get("a1jax.distributed")
+    if distributed is not None and distributed.several():
+        if isinstance(reason, Exception):
+            traceback.print_exception(reason)
+        distributed.leave(reason if isinstance(reason, int) else 1)
+    if isinstance(reason, Exception):
+        raise reason
+    return reason
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Loads, overrides and checks the config, then calls ``cfg.main(cfg, workdir)``. Writes nothing before all of that is good."""
-    from a1jax import config, config_files, provenance
+    """Loads, overrides and checks the config, then calls ``cfg.main(cfg, workdir)``. Writes nothing before all of that is good.
+
+    Several processes join in between; the first one writes and prints, in a folder that all of them see."""
+    from a1jax import config, config_files, distributed, provenance
 
     cfg = config.override(config.load(args.file), args.set)
     config.check(cfg)
@@ -43,21 +64,38 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
             raise config.ConfigError(f"{args.file}: its config needs a field {name!r} holding a {kind.__name__}")
     config_files.source(cfg)  # refuses a config that could not be saved
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / cfg.name)
-    _refuse_another_run(cfg, workdir)
+    others = distributed.arguments(args.coordinator, args.processes, args.process)
+    if others is not None and not distributed.joined():
+        distributed.join(others)
+    distributed.by_first(lambda: _refuse_another_run(cfg, workdir))
     entry = provenance.collect(words, getattr(cfg, "seed", None))
 
-    first = not (workdir / "config.py").exists()
-    config.save(cfg, workdir / "config.py")
-    provenance.start(workdir, entry)
+    new = not (workdir / "config.py").exists()
+
+    def begin() -> None:
+        config.save(cfg, workdir / "config.py")
+        provenance.start(workdir, entry)
+
+    distributed.by_first(begin)
+    if not (workdir / "config.py").exists():
+        raise config.ConfigError(
+            f"{workdir}: this process does not see what process 0 wrote there; choose a --workdir that all hosts share"
+        )
     try:
-        cfg.main(cfg, workdir)
+        with contextlib.ExitStack() as quiet:
+            if not distributed.is_first():
+                quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                logging.getLogger("a1jax").setLevel(logging.ERROR)
+            cfg.main(cfg, workdir)
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
-        if first and isinstance(error, _user_errors()):
-            _take_back(workdir)
+        if distributed.is_first():
+            stopped = isinstance(error, KeyboardInterrupt)
+            provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
+            if new and isinstance(error, _user_errors()):
+                _take_back(workdir)
         raise
-    provenance.finish(workdir, "finished")
+    if distributed.is_first():
+        provenance.finish(workdir, "finished")
     return 0
 
 
@@ -158,6 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument(
         "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
     )
+    several = each.add_argument_group("several processes", "the same command on every host; Slurm and GKE need none of these")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, or auto on Cloud TPU (or A1JAX_COORDINATOR)")
+    several.add_argument("--processes", metavar="N", type=int, help="how many there are (or A1JAX_PROCESSES)")
+    several.add_argument("--process", metavar="I", type=int, help="which one this is, from 0 (or A1JAX_PROCESS)")
     each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
     each.add_argument("--domain", metavar="D", required=True, help="search, ..., general; long_context, store, science_words")
     each.add_argument("--tasks", metavar="N", type=int, required=True, help="runs to write")

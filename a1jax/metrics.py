@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -14,19 +15,25 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from a1jax import distributed
 from a1jax.types import Metrics
 
 FILE = "metrics.jsonl"
 
 
 class Writer:
-    """Appends to a run's metrics; a context manager. A line that a killed process left half written is removed on opening."""
+    """Appends to a run's metrics; a context manager. A line that a killed process left half written is removed on opening.
+
+    Of several processes the first one's writes, the others' do nothing."""
 
     def __init__(self, workdir: str | os.PathLike[str]) -> None:
         self.workdir = pathlib.Path(workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        _repair(self.workdir / FILE)
-        self._file = (self.workdir / FILE).open("a", encoding="utf-8")
+        self._writes = distributed.is_first()
+        self._file: TextIO = io.StringIO()
+        if self._writes:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            _repair(self.workdir / FILE)
+            self._file = (self.workdir / FILE).open("a", encoding="utf-8")
         self._boards: dict[str, Any] = {}  # one a stage: steps start anew in each
         self._purge: dict[str, int] = {}
 
@@ -43,6 +50,8 @@ class Writer:
         """
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         arrays = {name: np.asarray(value, np.float64) for name, value in (arrays or {}).items()}
+        if not self._writes:
+            return
         lists = {name: np.vectorize(lambda x: float(f"{x:.3g}"))(value).tolist() for name, value in arrays.items()}
         self._file.write(json.dumps({"stage": stage, "step": int(step), "time": time.time(), **values, **lists}) + "\n")
         self._file.flush()  # what is read after a kill ends at the last step, not at the last full buffer
@@ -54,6 +63,8 @@ class Writer:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of ``stage`` after ``step``: a run that goes on from there writes them again."""
+        if not self._writes:
+            return
         kept = [line for line in read(self.workdir) if line["stage"] != stage or line["step"] <= step]
         self._file.close()
         part = self.workdir / f".{FILE}.{os.getpid()}"
@@ -148,8 +159,10 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(stage: str, total: int, done: int = 0, every: float = 20.0, stream: TextIO | None = None) -> Iterator[Bar]:
-    """A Bar from ``done`` to ``total`` (steps, tasks, ...), closed at the end. every: seconds between the plain lines. stream: stderr."""
-    bar = Bar(stage, total, done, every, sys.stderr if stream is None else stream)
+    """A Bar from ``done`` to ``total`` (steps, tasks, ...), closed at the end. every: seconds between the plain lines. stream: stderr, of
+    several processes the first one's."""
+    own = sys.stderr if distributed.is_first() else io.StringIO()
+    bar = Bar(stage, total, done, every, own if stream is None else stream)
     try:
         yield bar
     finally:

@@ -104,6 +104,9 @@ def _memory_gib() -> float | None:
 
 
 def devices() -> str | None:
-    """E.g. "8 x TPU v5p"; None for a run that never used jax."""
+    """E.g. "8 x TPU v5p in 2 processes"; None for a run that never used jax."""
     jax = sys.modules.get("jax")
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}" if jax else None
+    if not jax:
+        return None
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}"

@@ -16,23 +16,22 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from a1jax import types
+from a1jax import mesh_shapes, types
 from a1jax.config import ConfigError
-
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+from a1jax.mesh_shapes import MESH_AXES
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp", "expert"),  # outside the experts the expert axis is one more data axis
+    "batch": ("slice", "data", "fsdp", "expert"),  # outside the experts the expert axis is one more data axis
     "length": ("context",),  # consecutive pieces of every row
     "hidden": (),
-    "tokens": ("data", "fsdp", "expert", "context"),  # "batch" and "length" in one, see flatten_tokens
-    "width_rows": ("data",),  # the three of models.layers.embed: rows while their width is cut by "embed", ...
+    "tokens": ("slice", "data", "fsdp", "expert", "context"),  # "batch" and "length" in one, see flatten_tokens
+    "width_rows": ("slice", "data"),  # the three of models.layers.embed: rows while their width is cut by "embed", ...
     "width_length": (),  # ... the length beside them, ...
     "width": ("fsdp", "expert"),  # ... and the width once the length is where it belongs
-    # weights. "embed" has every axis that cuts tokens but data, which makes it fully sharded data parallelism: a weight is gathered
-    # when it is used, its gradient is summed and cut in one exchange. context is one of them: the gather is as long either way, and
-    # the sum over context, which copies would need too, leaves each device its part only.
+    # weights. "embed" has every axis that cuts tokens but slice and data, which makes it fully sharded data parallelism: a weight is
+    # gathered when it is used, its gradient is summed and cut in one exchange. context is one of them: the gather is as long either way,
+    # and the sum over context, which copies would need too, leaves each device its part only.
     "layers": (),
     "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
@@ -46,8 +45,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "tap": (),
     "single": (),
     # Experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights. They are copied over
-    # data and context: cutting them over context too (models.moe would do it) saves memory of weights, but then every device receives
-    # the tokens of all shards of a row, and the room for pairs of token and expert grows with them.
+    # slice, data and context: cutting them over context too (models.moe would do it) saves memory of weights, but then every device
+    # receives the tokens of all shards of a row, and the room for pairs of token and expert grows with them.
     "experts": ("expert", "fsdp", "tensor"),
     "expert_in": (),
     "expert_out": (),
@@ -55,23 +54,17 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(shape: dict[str, int], devices: list | None = None) -> Mesh:
-    """A mesh with all of MESH_AXES; axes missing from ``shape`` have size 1.
+    """A mesh with all of MESH_AXES; axes missing from ``shape`` have size 1. Devices stand in it as ``mesh_shapes.arrange`` says.
 
-    devices: defaults to all of jax.devices(); the product of the sizes must be their number.
-    Raises ConfigError for an unknown axis, a size below 1 or a product that is not the number of devices.
+    devices: defaults to all of jax.devices(); the product of the sizes must be their number. They may be those of a topology that is only
+    described (jax.experimental.topologies), to compile for.
+    Raises ConfigError for an unknown axis, a size below 1 or a product that is not the number of devices, with the nearest that is.
     """
     devices = jax.devices() if devices is None else devices
-    for name, size in shape.items():
-        if name not in MESH_AXES:
-            raise ConfigError(f"mesh axis {name!r} is unknown: use {', '.join(MESH_AXES)}")
-        if size < 1:
-            raise ConfigError(f"mesh axis {name!r} has size {size}: give a size of at least 1")
-    sizes = [shape.get(name, 1) for name in MESH_AXES]
-    if math.prod(sizes) != len(devices):
-        product = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-        raise ConfigError(f"mesh {product} needs {math.prod(sizes)} devices, here are {len(devices)}: change the sizes or pass devices")
+    mesh_shapes.check(shape, len(devices))
+    placed = mesh_shapes.arrange(devices, [shape.get(name, 1) for name in MESH_AXES])
     # Auto axes: the compiler propagates shardings from parameters, batch and constraints.
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def partition_spec(axes: tuple[str | None, ...], mesh, shape: tuple[int, ...] | None = None) -> P:
@@ -183,6 +176,19 @@ def over_shards(
     return run(*(x for x, _ in arguments))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Where everything lies that is small and that every device and every process must have."""
+    return NamedSharding(mesh, P())
+
+
+def rows_here(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a batch of so many the devices of this process hold, in order; all of them in one process. With ``context`` cut over
+    processes several of them hold parts of the same row. Raises as partition_spec does."""
+    placed = NamedSharding(mesh, partition_spec(("batch",), mesh, (rows,)))
+    held = (index[0].indices(rows) for index in placed.addressable_devices_indices_map((rows,)).values())
+    return sorted({row for start, stop, _ in held for row in range(start, stop)})
+
+
 def batch_shardings(mesh: Mesh, routes: bool = False) -> types.Batch:
     """A types.Batch of NamedShardings: rows over all data axes, their length over context. Use with jax.device_put or as in_shardings.
     routes: the batch has some."""
@@ -190,7 +196,34 @@ def batch_shardings(mesh: Mesh, routes: bool = False) -> types.Batch:
     return types.Batch(**{field.name: sharding for field in dataclasses.fields(types.Batch) if routes or field.name != "routes"})
 
 
-def put_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
-    """The batch on the mesh's devices. Raises ConfigError when rows or length cannot be cut evenly over the axes that cut them."""
-    partition_spec(("batch", "length"), mesh, batch.tokens.shape)
-    return jax.device_put(batch, batch_shardings(mesh, batch.routes is not None))
+def put_batch(batch: types.Batch, mesh: Mesh, rows: Sequence[int] | None = None, total: int = 0) -> types.Batch:
+    """The batch, from host memory, on the mesh's devices; every process puts what its own devices hold.
+
+    rows, total: ``batch`` has only these rows of a batch of ``total``, at least those of ``rows_here``; None: all of them.
+    Raises ConfigError when rows or length cannot be cut evenly over the axes that cut them.
+    """
+    shape = (batch.tokens.shape[0] if rows is None else total, batch.tokens.shape[1])
+    partition_spec(("batch", "length"), mesh, shape)
+    placed = batch_shardings(mesh, batch.routes is not None)
+    if rows is None and not mesh.is_multi_process:
+        return jax.device_put(batch, placed)
+    return jax.tree.map(lambda x, sharding: _from_host(x, sharding, rows, shape[0]), batch, placed)
+
+
+def put_tokens(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """[B, T, ...] from host memory, where a batch of these rows lies. Raises as put_batch does."""
+    partition_spec(("batch", "length"), mesh, x.shape[:2])
+    return _from_host(x, NamedSharding(mesh, partition_spec(("batch", "length"), mesh)))
+
+
+def _from_host(x: np.ndarray, placed: NamedSharding, rows: Sequence[int] | None = None, total: int = 0) -> jax.Array:
+    """x, or an array of ``total`` rows of which x has these; a process need not have what no device of its own holds."""
+    at = None if rows is None else {row: i for i, row in enumerate(rows)}
+
+    def part(index):
+        if at is None:
+            return x[index]
+        start, stop, _ = index[0].indices(total)
+        return x[at[start] : at[start] + stop - start][(slice(None), *index[1:])]  # rows in order: those of a device lie side by side
+
+    return jax.make_array_from_callback((len(x) if at is None else total, *x.shape[1:]), placed, part)

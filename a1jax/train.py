@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import checkpoint, metrics
+from . import checkpoint, metrics, sharding
 from . import params as param_specs
 from .types import Metrics, Params, TrainState
 from .update_rule import Rule, plain_step, to_device, to_host
@@ -50,7 +50,8 @@ def make_train_step(
     finish(sums) -> metrics turns the loss's added-up sums into what is reported.
     Gradients are accumulated in float32 by summation over micro-batches in a scan.
     specs: the parameters' ParamSpecs. Under a mesh gradients, their sum, the new parameters and the optimizer's state lie as these say;
-    without them the compiler chooses, and may choose whole copies.
+    without them the compiler chooses, and may choose whole copies. Metrics lie on every device, so that every
+    process can read them.
     """
 
     def cut(tree: Any) -> Any:
@@ -87,6 +88,7 @@ def make_train_step(
             opt_state = to_host(opt_state, params)
         parts = finish(parts) if finish is not None else parts
         out = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads)}
+        out = jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), out)
         return TrainState(state.step + 1, params, opt_state, state.key), out
 
     return step

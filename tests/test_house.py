@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Floors, from the ground up. A module imports from its own room and from floors below, never from above.
 FLOORS = (
     {"kernels"},
-    {"__init__", "params", "sharding", "types", "config", "config_types", "config_bind", "config_files"},
+    {"__init__", "params", "sharding", "mesh_shapes", "distributed", "types", "config", "config_types", "config_bind", "config_files"},
     {"models", "losses", "align"},
     {"train", "optim", "update_rule", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"},
     {"stages"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from a1jax import params, sharding, types
+from a1jax import mesh_shapes, params, sharding, types
 from a1jax.config import ConfigError
 from a1jax.models import transformer
 from a1jax.models.config import tiny
@@ -14,7 +14,7 @@ from a1jax.models.config import tiny
 
 def test_a_mesh_has_all_axes():
     mesh = sharding.make_mesh({"expert": 4, "data": 2})
-    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor") and mesh.devices.shape == (2, 1, 4, 1, 1)
+    assert mesh.axis_names == ("slice", "data", "fsdp", "expert", "context", "tensor") and mesh.devices.shape == (1, 2, 1, 4, 1, 1)
     assert sharding.make_mesh({}, jax.devices()[:1]).size == 1
 
 
@@ -22,7 +22,7 @@ def test_a_mesh_has_all_axes():
     ("shape", "message"),
     [
         ({"data": 3}, "needs 3 devices, here are 8"),
-        ({"rows": 8}, "mesh axis 'rows' is unknown: use data, fsdp, expert, context, tensor"),
+        ({"rows": 8}, "mesh axis 'rows' is unknown: use slice, data, fsdp, expert, context, tensor"),
         ({"data": 0}, "mesh axis 'data' has size 0"),
     ],
 )
@@ -64,24 +64,17 @@ def test_constrain_is_nothing_without_a_mesh_and_cuts_with_one():
     assert sharding.mesh_axes("batch") == () and not sharding.is_sharded()
 
 
-def products(devices, axes):
-    """All ways to write `devices` as a product of sizes, one per axis."""
-    if len(axes) == 1:
-        return [{axes[0]: devices}]
-    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
-    return [{axes[0]: n, **rest} for n in sizes for rest in products(devices // n, axes[1:])]
-
-
 def test_every_product_of_axes_is_legal_for_a_model_whose_sizes_divide():
-    """Specs of all parameters and of all activations, on all 35 meshes of 8 devices."""
+    """Specs of all parameters and of all activations, on all 56 meshes of 8 devices."""
     cfg = tiny(num_heads=8, num_kv_heads=2, linear_num_value_heads=8, moe="ragged", tie_embeddings=False)
     specs = transformer.specs(cfg)
     activations = [("batch", "length", "hidden"), ("batch", "length", "heads"), ("batch", "length", "linear_heads"), ("tokens", "hidden"),
                    ("width_rows", "width_length", "embed"), ("width_rows", "length", "width")]  # fmt: skip
-    meshes = [sharding.make_mesh(shape) for shape in products(8, sharding.MESH_AXES)]
-    assert len(meshes) == 35
+    meshes = [sharding.make_mesh(shape) for shape in mesh_shapes.products(8, sharding.MESH_AXES)]
+    assert len(meshes) == 56
     for mesh in meshes:
         placed = params.shardings(specs, mesh)
+        assert not any("slice" in str(place.spec) for place in jax.tree.leaves(placed))  # nothing of a parameter crosses between pods
         owners = mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
         down = placed["blocks"]["0"]["mlp"]["experts"]["down_proj"].shard_shape((1, 8, 64, 64))
         assert down == (1, 8 // owners, 64, 64)  # whole experts, copied over data and context only
@@ -126,3 +119,18 @@ def test_a_batch_is_cut_by_rows_and_length():
         sharding.put_batch(jax.tree.map(lambda x: x[:6], batch), mesh)
     with pytest.raises(ConfigError, match="axis 'length' of size 5 cannot be cut over context = 2"):
         sharding.put_batch(jax.tree.map(lambda x: x[:, :5], batch), mesh)
+
+
+def test_a_process_builds_the_rows_of_its_devices():
+    """One process has all devices, and all rows; which of them two processes have is seen in tests/stages/test_processes.py."""
+    mesh = sharding.make_mesh({"slice": 2, "fsdp": 2, "context": 2})
+    assert sharding.rows_here(mesh, 8) == list(range(8)) and sharding.rows_here(sharding.make_mesh({"context": 8}), 3) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="axis 'batch' of size 6 cannot be cut over slice x fsdp = 4"):
+        sharding.rows_here(mesh, 6)
+    x = np.arange(8 * 4 * 3).reshape(8, 4, 3)
+    whole, some = sharding._from_host(x, sharding.put_tokens(x, mesh).sharding), sharding.put_tokens(x, mesh)
+    np.testing.assert_array_equal(whole, x)
+    np.testing.assert_array_equal(some, x)
+    assert some.addressable_shards[0].data.shape == (2, 2, 3)
+    part = sharding._from_host(x, some.sharding, rows=list(range(8)), total=8)
+    np.testing.assert_array_equal(part, x)

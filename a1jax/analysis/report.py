@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from .. import metrics, provenance
+from .. import distributed, metrics, provenance
 from ..config import Binding
 from ..stages import pipeline
 from ..stages.pipeline import Experiment
@@ -21,14 +21,14 @@ def run(cfg: Experiment, workdir: pathlib.Path, targets: Binding | None = None) 
     targets: a function of the results that returns the lines of what was to be shown; None: ``findings.quickstart``."""
     workdir = pathlib.Path(workdir)
     finished = workdir / "results.json"
-    if finished.exists():
-        results = json.loads(finished.read_text())
+    results = distributed.from_first(json.loads(finished.read_text()) if distributed.is_first() and finished.exists() else None)
+    if results is not None:
         print(f"{workdir} is finished; its table:\n")
     else:
         results = pipeline.run(cfg, workdir)
         seconds = results["wall_seconds"] + sum(start.get("seconds", 0.0) for start in provenance.read(workdir).get("earlier", []))
         results = {**results, "wall_seconds": seconds, "findings": (targets or goals.quickstart)(results)}
-        write(workdir, results)
+        distributed.by_first(lambda: write(workdir, results))
     print(table(results))
     return results
 

@@ -2,9 +2,9 @@
 
 The stream of rows is one sequence that depends on the data, the seed and nothing else: all rows in a random order, then all rows in
 another one, for ever. Batch k is rows k*B .. k*B+B-1 of it, so every row comes once per epoch, none is skipped or repeated, and a batch
-may hold the end of one epoch and the start of the next. Host h of n takes the h-th n-th of each batch: the hosts' batches put together
-in order are the batch one host would have had. The position is the number of batches handed out, so it is what was trained on, not
-where prefetching stands (NeMo-RL#3599 lost 736 prompts that way).
+may hold the end of one epoch and the start of the next. A host builds only the rows that its devices hold: host h of n the h-th n-th of
+each batch, or the places it is told; what the hosts build is the batch one host would have had. The position is the number of batches
+handed out, so it is what was trained on, not where prefetching stands (NeMo-RL#3599 lost 736 prompts that way).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Loader(Iterator[Batch]):
         self._iterator = iter(dataset.to_iter_dataset(options))
         self._identity = identity
         self._taken = 0
+        self.tokens = 0  # of the batch handed out last, over all hosts, without padding
         self.report = report  # what packing did
         self.rows_per_epoch = rows
         self.batch_size = batch_size  # rows of one batch over all hosts
@@ -44,7 +45,7 @@ class Loader(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        batch, self.tokens = next(self._iterator)
         self._taken += 1
         return batch
 
@@ -82,10 +83,12 @@ def loader(
     shard_count: int = 1,
     threads: int = 1,
     prefetch: int = 4,
+    places: Sequence[int] | None = None,
 ) -> Loader:
     """Batches [batch_size / shard_count, max_length] of this host, endlessly.
 
-    batch_size: rows of a batch over all hosts. policy: see ``packing.pack``. threads, prefetch: how many batches are made ahead; they
+    batch_size: rows of a batch over all hosts. places: which of them this host builds (``sharding.rows_here``), in this order, where they
+    are not its n-th: hosts may then share rows. policy: see ``packing.pack``. threads, prefetch: how many batches are made ahead; they
     change nothing but speed. Rows are packed once; an epoch shuffles rows, not what is in them.
     Raises DataError when the rows of the source do not fill one batch or the hosts cannot share a batch equally.
     """
@@ -97,11 +100,11 @@ def loader(
     if len(rows) < batch_size:
         raise DataError(f"{len(lengths)} examples fill {len(rows)} rows of {max_length}, fewer than one batch of {batch_size}: add data")
     share = batch_size // shard_count
-    mine = slice(shard_index * share, (shard_index + 1) * share)
+    mine = np.arange(shard_index * share, (shard_index + 1) * share) if places is None else np.asarray(places, np.int64)
 
-    def fetch(indices: np.ndarray) -> Batch:
+    def fetch(indices: np.ndarray) -> tuple[Batch, int]:
         chosen = [[cut(source[i], start, stop) for i, start, stop in rows[row]] for row in indices[mine].tolist()]
-        return to_batch(chosen, max_length, pad_id)
+        return to_batch(chosen, max_length, pad_id), sum(stop - start for row in indices.tolist() for _, start, stop in rows[row])
 
     # Endless in effect: grain's own endless repeat overflows a length when the batch is one row.
     epochs = (1 << 48) // len(rows)

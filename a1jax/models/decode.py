@@ -17,7 +17,7 @@ from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
 from a1jax.models.delta_rule import delta_rule
 from a1jax.models.layers import causal_conv, embed, linear, rms_norm, rotary_angles
-from a1jax.sharding import shards
+from a1jax.sharding import constrain, if_even, shards
 
 
 def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
@@ -32,6 +32,20 @@ def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
         return {"window": jnp.zeros((batch, cfg.conv_width - 1, channels), cfg.dtype), "state": jnp.zeros(state, jnp.float32)}
 
     return {"position": jnp.zeros((batch,), jnp.int32), "layers": [layer(i) for i in range(cfg.num_layers)]}
+
+
+def place_cache(cache: dict, cfg: ModelConfig) -> dict:
+    """The cache, told to lie as the table says; within jit. Slots are cut over the data axes; heads over tensor and the places of
+    attention over context where they divide. Without a mesh it is the cache itself."""
+    kv = if_even("kv_heads", cfg.num_kv_heads)
+
+    def layer(own: dict) -> dict:
+        if "k" in own:
+            return {name: constrain(own[name], "batch", kv, if_even("length", own[name].shape[2]), None) for name in ("k", "v")}
+        state = constrain(own["state"], "batch", "linear_heads", None, None)
+        return {"window": constrain(own["window"], "batch", None, "linear_qkv"), "state": state}
+
+    return {"position": constrain(cache["position"], "batch"), "layers": [layer(own) for own in cache["layers"]]}
 
 
 def layer_params(params: dict, layer: int, cfg: ModelConfig) -> dict:

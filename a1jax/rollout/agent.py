@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .. import distributed
 from ..config import ConfigError
 from ..data import chat
 from ..data.tokenizer import Tokenizer
@@ -59,6 +60,11 @@ class Limits:
 class Engine:
     """Runs tasks with a model. Compiled once per (model, limits); parameters are an argument of ``run``.
 
+    Under a mesh of several processes every process plays the same tasks with the same numbers against one decode program that all of them
+    share: no rollout has to be sent. It costs that every tool runs, and every environment is kept, once per process; blocking tasks
+    act in line instead of beside decoding, because who answers first would otherwise decide what is decoded next. An environment must
+    answer alike everywhere (no clock, no service that changes its mind); one that does not is noticed when ``run`` ends.
+
     Raises ConfigError for a stop token that is not one id of the tokenizer.
     """
 
@@ -82,7 +88,9 @@ class Engine:
         engine_seconds, tool_seconds (waiting for tools with nothing to decode), tokens_per_second (sampled ones), interruptions (times an
         environment raised), tool_errors.
         """
-        return _Session(self, params, tasks, seed, on_done).run()
+        runs, counts = _Session(self, params, tasks, seed, on_done).run()
+        distributed.check_same([(r.tokens, r.sampled, r.logp, np.float32(r.reward)) for r in runs], "a rollout")
+        return runs, counts
 
     def prompt(self, task: Task, messages: Sequence[dict]) -> np.ndarray:
         tools = task.tools if self.limits.show_tools else ()
@@ -205,7 +213,7 @@ class _Session:
         if not self.engine.stops[turn[-1]]:
             return self._finish(slot, run.ended(TRUNCATED))
         text = self.engine.text(turn)
-        if run.task.blocking:
+        if run.task.blocking and not distributed.several():
             self.acting[slot] = self.pool.submit(turns.act, run, text)
         else:
             self._go_on(slot, functools.partial(turns.act, run, text))

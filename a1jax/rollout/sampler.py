@@ -15,6 +15,7 @@ import numpy as np
 
 from ..models import decode, transformer
 from ..models.config import ModelConfig
+from ..sharding import constrain, is_sharded
 from ..types import Params
 
 
@@ -70,7 +71,7 @@ def make_step(cfg: ModelConfig, temperature: float, record: bool = False):
         hidden, cache, *routes = decode.step(params, cache, tokens, cfg, reset=reset, active=active, record=record)
         logits = transformer.head(params, hidden, cfg)
         ids, logp = sample(logits, uniforms, temperature)
-        return ids, logp, cache, *routes
+        return *for_the_host(ids, logp), decode.place_cache(cache, cfg), *for_the_host(*routes)
 
     return jax.jit(step, donate_argnums=(1,))
 
@@ -89,7 +90,7 @@ def make_advance(cfg: ModelConfig, temperature: float, record: bool = False):
     def advance(params: Params, slots: tuple[Any, jax.Array], tokens, reset, active, uniforms):
         cache, last = slots
         ids, logp, cache, *routes = step(params, cache, jnp.where(tokens == LAST, last, tokens), reset, active, uniforms)
-        return ids, logp, (cache, jnp.where(active, ids, last)), *routes
+        return ids, logp, (cache, *for_the_host(jnp.where(active, ids, last))), *routes
 
     return jax.jit(advance, donate_argnums=(1,))
 
@@ -105,16 +106,24 @@ def make_feed(cfg: ModelConfig, temperature: float, record: bool = False):
     def feed(params: Params, slots: tuple[Any, jax.Array], rows, tokens, lengths, reset, uniforms):
         cache = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), slots[0])
         hidden, cache, *routes = decode.prefill(params, cache, tokens, lengths, cfg, reset, record)
-        ids, logp = sample(transformer.head(params, decode.last(hidden, lengths), cfg), uniforms, temperature)
-        slots = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), slots, (cache, ids))
-        return ids, logp, slots, *routes
+        ids, logp = for_the_host(*sample(transformer.head(params, decode.last(hidden, lengths), cfg), uniforms, temperature))
+        cache, newest = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), slots, (cache, ids))
+        return ids, logp, (decode.place_cache(cache, cfg), *for_the_host(newest)), *for_the_host(*routes)
 
     return jax.jit(feed, donate_argnums=(1,))
 
 
+def for_the_host(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """What the host reads of a step: under a mesh on every device, so that every process has it."""
+    return tuple(constrain(x, *[None] * x.ndim) for x in arrays)
+
+
 def open_slots(cfg: ModelConfig, slots: int, max_length: int) -> tuple[Any, jax.Array]:
-    """(empty cache, ids sampled last [B])."""
-    return decode.init_cache(cfg, slots, max_length), jnp.zeros(slots, jnp.int32)
+    """(empty cache, ids sampled last [B]); under a mesh no device ever has more of the cache than its part."""
+    if not is_sharded():
+        return decode.init_cache(cfg, slots, max_length), jnp.zeros(slots, jnp.int32)
+    make = functools.partial(decode.init_cache, cfg, slots, max_length)
+    return jax.jit(lambda: (decode.place_cache(make(), cfg), *for_the_host(jnp.zeros(slots, jnp.int32))))()
 
 
 @functools.lru_cache(maxsize=16)

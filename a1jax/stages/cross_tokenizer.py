@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from .. import metrics
+from .. import distributed, metrics
 from ..align.vocab_map import Mode
 from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
@@ -104,7 +104,9 @@ def pieces(families: Sequence[Domain]) -> list[str]:
 
 
 def run(cfg: CrossTokenizer, workdir: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """Seed -> what ``run_seed`` returns; finished seeds are read back."""
+    """Seed -> what ``run_seed`` returns; finished seeds are read back. Raises ConfigError where there are several processes."""
+    if distributed.several():
+        raise ConfigError("teachers of other tokenizers are aligned by one process: start this experiment in one")
     workdir = pathlib.Path(workdir)
     return {seed: run_seed(cfg, workdir / f"seed_{seed}", seed) for seed in cfg.seeds}
 

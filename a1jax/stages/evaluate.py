@@ -7,11 +7,11 @@ import json
 import math
 import pathlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .. import metrics
+from .. import distributed, metrics
 from ..domains import stopping
 from ..domains.base import Domain, Task, fingerprint
 from ..rollout.agent import Engine
@@ -80,9 +80,10 @@ def run(
     cfg: Evaluation, params: Params, engine: Engine, families: dict[str, Domain], name: str, path: pathlib.Path | None, use: str = "heldout"
 ) -> dict:
     """{domain: score(...)} of a model; read back from ``path`` when it was computed before, else written there in one move, after the
-    runs themselves (``runs_of``)."""
-    if path is not None and path.exists():
-        return json.loads(path.read_text())
+    runs themselves (``runs_of``). Of several processes the first reads and writes, and what it counted holds for all."""
+    done = distributed.from_first(json.loads(path.read_text()) if path is not None and distributed.is_first() and path.exists() else None)
+    if done is not None:
+        return done
     lists = {d: cfg.tasks(d, family, use) for d, family in families.items()}
     everything = [task for d in families for task in lists[d]]
     with metrics.progress(f"evaluate {name}", total=len(everything)) as bar:
@@ -93,13 +94,19 @@ def run(
         here = slice(at, at + len(lists[d]))
         out[d] = {**score(rollouts[here], [t.steps for t in lists[d]], stops[here]), "tasks": fingerprint(lists[d])}
         at += len(lists[d])
+    out = distributed.from_first(out)
     if path is not None:
         each = zip(rollouts, everything, stops, strict=True)
-        kept_runs.write(runs_of(path), (kept_runs.to_trajectory(r, model=name, steps=t.steps, stop=s) for r, t, s in each))
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(out, indent=1))
-        part.rename(path)
+        kept = (kept_runs.to_trajectory(r, model=name, steps=t.steps, stop=s) for r, t, s in each)
+        distributed.by_first(lambda: _write(path, out, kept))
     return out
+
+
+def _write(path: pathlib.Path, out: dict, runs: Iterable[Trajectory]) -> None:
+    kept_runs.write(runs_of(path), runs)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(out, indent=1))
+    part.rename(path)
 
 
 def runs_of(path: pathlib.Path) -> pathlib.Path:

@@ -7,8 +7,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..config import ConfigError
@@ -161,7 +159,7 @@ class Reinforced:
         batch = setting.put(placed.batch)
         data = {
             "batch": batch,
-            **{n: jnp.asarray(x) if setting.mesh is None else jax.device_put(x, batch.mask.sharding) for n, x in arrays.items()},
+            **{n: setting.put_tokens(x) for n, x in arrays.items()},
         }
         return {**data, **self.scorer(state.params, batch)}, out
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import distributed
 from ..data import trajectories
 from ..data.errors import DataError
 from ..types import Rollout, Trajectory
@@ -103,8 +104,8 @@ def keep(
 
 
 def keep_some(workdir: pathlib.Path, stage: str, rollouts: Sequence[Rollout], step: int, every: int) -> None:
-    """``keep`` in the folder of a stage that samples, at every ``every``-th of its steps."""
-    if step % every == 0:
+    """``keep`` in the folder of a stage that samples, at every ``every``-th of its steps. Of several processes the first one's."""
+    if step % every == 0 and distributed.is_first():
         keep(workdir / FOLDER / stage, rollouts, step)
 
 

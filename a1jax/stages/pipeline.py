@@ -10,7 +10,7 @@ import pathlib
 import time
 from typing import Any
 
-from .. import metrics
+from .. import distributed, metrics
 from ..config import Binding, ConfigError
 from ..data import tokenizer as tokenizers
 from ..domains import DOMAINS, Domain
@@ -18,7 +18,7 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
-from . import distill, evaluate, experts, folders, scoring, sft, teacher
+from . import distill, evaluate, experts, fitting_mesh, folders, scoring, sft, teacher
 from .scoring import Teacher
 from .setting import MeshConfig, Setting, make_mesh
 
@@ -112,7 +112,7 @@ def open_checkpoints(cfg: Experiment, setting: Setting) -> dict[str, Teacher]:
 
 
 def open_setting(cfg: Experiment, workdir: pathlib.Path, writer: metrics.Writer) -> Setting:
-    mesh = make_mesh(cfg.mesh)  # these two first, as they can refuse: nothing has been written then
+    mesh = make_mesh(cfg.mesh, fitting_mesh.demands(cfg))  # these two first, as they can refuse: nothing has been written then
     if cfg.initial:
         folders.check_initial(pathlib.Path(cfg.initial), cfg.model)
     tokenizer = open_tokenizer(cfg, workdir)
@@ -128,14 +128,17 @@ def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokeniz
     if cfg.tokenizer.path is not None:
         return tokenizers.load(cfg.tokenizer.path)
     path = workdir / "tokenizer.model"
-    if path.exists():
-        return tokenizers.load(path)
-    return tokenizers.train_sentencepiece(
-        experts.tokenizer_texts(cfg.every_family(), cfg.seed),
-        path,
-        vocab_size=cfg.tokenizer.vocab_size,
-        symbols=experts.symbols(cfg.every_family(), cfg.tokenizer.counters),
-    )
+
+    def train() -> None:
+        if not path.exists():
+            texts, symbols = (
+                experts.tokenizer_texts(cfg.every_family(), cfg.seed),
+                experts.symbols(cfg.every_family(), cfg.tokenizer.counters),
+            )
+            tokenizers.train_sentencepiece(texts, path, vocab_size=cfg.tokenizer.vocab_size, symbols=symbols)
+
+    distributed.by_first(train)
+    return tokenizers.load(path)
 
 
 def train_all(cfg: Experiment, setting: Setting, given: dict[str, Teacher]) -> tuple[dict[str, Params], dict[str, str]]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import metrics
+from .. import distributed, metrics
 from ..config import Binding, ConfigError
 from ..data import batches, domain_names, packing, prepare
 from ..data import tokenizer as tokenizers
@@ -24,7 +24,7 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..sharding import flatten_tokens
 from ..types import Batch, Metrics, Params
-from . import folders, sft
+from . import fitting_mesh, folders, sft
 from .setting import MeshConfig, Setting, make_mesh
 
 
@@ -93,8 +93,9 @@ def heldout_loss(params: Params, batch: Batch, model: ModelConfig, block: int) -
 
 
 def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
-    """Statistics, packing, training and the held-out loss; returns {"first", "last", "fall", "efficiency"}. Resumable."""
-    workdir, mesh = pathlib.Path(workdir), make_mesh(cfg.mesh)
+    """Statistics, packing, training and the held-out loss; returns {"first", "last", "fall", "efficiency"}, of several processes the first
+    one; the others {}. Resumable."""
+    workdir, mesh = pathlib.Path(workdir), make_mesh(cfg.mesh, fitting_mesh.demands(cfg))
     if cfg.initial:
         folders.check_initial(pathlib.Path(cfg.initial), cfg.model)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
@@ -102,9 +103,11 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is {cfg.model.vocab_size}; set it to at least that"
         )
-    if not (workdir / "prepared" / prepare.REPORT).exists():
-        prepare.prepare(list(cfg.data.paths), workdir / "prepared", cfg.data.tokenizer, cfg.data.strict)
-    source = prepare.open_prepared(workdir / "prepared", tokenizer)
+    prepared = workdir / "prepared"
+    distributed.by_first(
+        lambda: (prepared / prepare.REPORT).exists() or prepare.prepare(list(cfg.data.paths), prepared, cfg.data.tokenizer, cfg.data.strict)
+    )
+    source = prepare.open_prepared(prepared, tokenizer)
     print(source.summary["statistics"])
     train_part, heldout = split(source, cfg.data.heldout, cfg.seed)
     with metrics.Writer(workdir) as writer:
@@ -116,6 +119,7 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
             seed=cfg.seed,
             policy=cfg.sft.policy,
             pad_id=tokenizer.pad_id,
+            places=setting.rows_here(cfg.sft.rows),
         )
         print(f"\npacked to {cfg.sft.max_length:,}: {loader.report}\nheld out: {len(heldout)} runs\n")
         with setting.on_mesh():
@@ -126,6 +130,8 @@ def run(cfg: RealRuns, workdir: pathlib.Path) -> dict[str, float]:
             return {"heldout/loss": float(heldout_loss(params, batch, cfg.model, cfg.sft.vocab_block))}
 
         sft.run(cfg.sft, params, sft.Packed(loader, setting), setting, probe=probe, probe_every=cfg.probe_every)
+    if not distributed.is_first():
+        return {}
     return conclude(workdir, loader.report.efficiency)
 
 

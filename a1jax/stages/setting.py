@@ -7,27 +7,29 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from .. import checkpoint, metrics, sharding, train
+from .. import checkpoint, distributed, metrics, sharding, train
 from .. import params as param_specs
-from ..config import ConfigError
 from ..data.tokenizer import Tokenizer
 from ..domains import Domain
 from ..models import transformer
 from ..models.config import ModelConfig
 from ..types import Batch, Params
-from . import folders
+from . import fitting_mesh, folders
+from .fitting_mesh import Demand
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    shape: dict[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> devices; empty: one device, no mesh
+    shape: dict[str, int] = dataclasses.field(default_factory=dict)  # axis of mesh_shapes.MESH_AXES -> size; empty: one device, no mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +65,34 @@ class Setting:
         return jax.jit(lambda key: param_specs.init(self.specs, key), out_shardings=param_specs.shardings(self.specs, self.mesh))(key)
 
     def put(self, batch: Batch) -> Batch:
-        return batch if self.mesh is None else sharding.put_batch(batch, self.mesh)
+        """A whole batch, which every process has, where it will lie. Raises RuntimeError where the processes have different ones."""
+        if self.mesh is None:
+            return batch
+        distributed.check_same(batch, "a batch")
+        return sharding.put_batch(batch, self.mesh)
+
+    def put_rows(self, batch: Batch, total: int) -> Batch:
+        """A batch of ``total`` rows of which this process has those of ``rows_here``."""
+        return batch if self.mesh is None else sharding.put_batch(batch, self.mesh, self.rows_here(total), total)
+
+    def rows_here(self, total: int) -> list[int] | None:
+        """Which rows of a batch this process builds: those that its devices hold; None: all."""
+        return None if self.mesh is None or not self.mesh.is_multi_process else sharding.rows_here(self.mesh, total)
+
+    def put_tokens(self, values: np.ndarray) -> jax.Array:
+        """[B, T, ...] beside a batch that was ``put``; as there."""
+        if self.mesh is None:
+            return jnp.asarray(values)
+        distributed.check_same(values, "an array beside a batch")
+        return sharding.put_tokens(values, self.mesh)
 
     def directory(self, stage: str) -> pathlib.Path:
         return self.workdir / "stages" / stage
 
     def finished(self, stage: str) -> Params | None:
-        """The parameters a finished stage left, or None when it has still to run (or to go on)."""
+        """The parameters a finished stage left, or None when it has still to run (or to go on): the first process looks."""
         directory = self.directory(stage)
-        if not (directory / "done.json").exists():
+        if not distributed.from_first((directory / "done.json").exists()):
             return None
         return checkpoint.load_params(directory / "params", self.abstract_params())
 
@@ -90,7 +111,10 @@ class Setting:
         return params
 
     def conclude(self, stage: str, facts: dict) -> None:
-        """Write model and facts beside parameters that are there: the stage is finished then."""
+        """Write model and facts beside parameters that are there: the stage is finished then. The first process writes."""
+        distributed.by_first(lambda: self._conclude(stage, facts))
+
+    def _conclude(self, stage: str, facts: dict) -> None:
         directory = self.directory(stage)
         initial = str(pathlib.Path(self.initial).resolve()) if self.initial else ""
         folders.write_model(directory, self.model, {"stage": stage, "initial": initial})
@@ -137,14 +161,10 @@ def train_stage(
         return setting.finish(stage, state.params, {"steps": cfg.steps, "seconds": time.perf_counter() - began})
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh | None:
-    """The mesh of a run, or None for one device. Raises ConfigError for an impossible shape."""
-    sizes = list(cfg.shape.values())
-    if not sizes:
-        return None
-    needed = 1
-    for size in sizes:
-        needed *= max(1, size)
-    if needed > jax.device_count():
-        raise ConfigError(f"mesh.shape={cfg.shape} needs {needed} devices, here are {jax.device_count()}; make it smaller")
-    return sharding.make_mesh(cfg.shape, jax.devices()[:needed])
+def make_mesh(cfg: MeshConfig, demands: Sequence[Demand] = ()) -> Mesh | None:
+    """The mesh of a run, or None for one device. demands: what has to be cut over it, see ``fitting_mesh``.
+
+    One process may use fewer devices than it has, the first ones; several use all of theirs.
+    Raises ConfigError, in one line with the reason and the nearest possible shape, for an impossible one.
+    """
+    return fitting_mesh.make_mesh(cfg.shape, demands)

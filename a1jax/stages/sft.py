@@ -104,7 +104,7 @@ class Packed:
     def next(self, state: TrainState) -> tuple[Batch, Metrics]:
         del state
         batch = next(self.loader)
-        return self.setting.put(batch), {"tokens": int((batch.segment_ids > 0).sum())}
+        return self.setting.put_rows(batch, self.loader.batch_size), {"tokens": self.loader.tokens}
 
     def get_state(self) -> dict:
         return self.loader.get_state()
@@ -128,6 +128,7 @@ class Curriculum:
                     max_length=cfg.max_length,
                     seed=setting.seed + i,
                     policy=cfg.policy,
+                    places=setting.rows_here(cfg.rows),
                 ),
                 setting,
             )

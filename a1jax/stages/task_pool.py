@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from .. import metrics
+from .. import distributed, metrics
 from ..config import ConfigError
 from ..domains.base import Domain, Task
 from ..rollout import selection
@@ -73,8 +73,9 @@ def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathli
     A try that the system interrupted says nothing: another try of its task stands in for it, and a task without any is left out.
     Raises ConfigError where nothing is selected.
     """
-    if path.exists():
-        return dataclasses.replace(tasks, places=tuple(json.loads(path.read_text())["places"]))
+    known = distributed.from_first(json.loads(path.read_text())["places"] if distributed.is_first() and path.exists() else None)
+    if known is not None:
+        return dataclasses.replace(tasks, places=tuple(known))
     places = np.arange(cfg.candidates)
     facts = {"select": cfg.select, "candidates": cfg.candidates}
     if cfg.select != "all":
@@ -90,11 +91,15 @@ def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathli
             f"{name}: none of {cfg.candidates} candidates is selected by '{cfg.select}'; raise Pool.candidates or Pool.tries, or choose "
             "lengths the starting model can solve now and then"
         )
+    distributed.by_first(lambda: _write(path, {**facts, "places": places}))
+    return dataclasses.replace(tasks, places=tuple(places))
+
+
+def _write(path: pathlib.Path, facts: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({**facts, "places": places}, indent=1))
+    part.write_text(json.dumps(facts, indent=1))
     part.rename(path)
-    return dataclasses.replace(tasks, places=tuple(places))
 
 
 def _try(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

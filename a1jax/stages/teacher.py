@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from .. import distributed
 from ..config import ConfigError
 from ..data.packing import Example
 from ..types import Params
@@ -77,10 +78,14 @@ def _supervised(
 def _stand(setting: Setting, domain: str, names: Sequence[str]) -> None:
     """The last phase's parameters stand as the teacher's, by a link: they are not stored twice. The facts are those of all phases."""
     directory, last = setting.directory(stage_name(domain)), setting.directory(names[-1])
-    directory.mkdir(parents=True, exist_ok=True)
-    link = directory / "params"
-    if not link.is_symlink():
-        link.symlink_to(os.path.relpath(last / "params", directory), target_is_directory=True)
+
+    def link() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        params = directory / "params"
+        if not params.is_symlink():
+            params.symlink_to(os.path.relpath(last / "params", directory), target_is_directory=True)
+
+    distributed.by_first(link)
     facts = [setting.facts(name) for name in names]
     setting.conclude(stage_name(domain), {"phases": list(names), **{k: sum(f[k] for f in facts) for k in ("steps", "seconds")}})
 
