@@ -137,7 +137,25 @@ def generate_runs(args: argparse.Namespace) -> int:
     return 0
 
 
+def compile_programs(args: argparse.Namespace) -> int:
+    """Compiles the programs of an experiment's stages for a topology of TPUs and prints what they take; 1 where one does not fit."""
+    from a1jax.analysis import chips
+
+    chips.prepare_environment()
+    from a1jax import config
+    from a1jax.analysis import compile_report
+    from a1jax.stages.pipeline import Experiment
+    from a1jax.stages.programs import STAGES
+
+    cfg = config.override(config.load(args.file), args.set)
+    config.check(cfg)
+    if not isinstance(cfg, Experiment):
+        raise config.ConfigError(f"{args.file}: a {type(cfg).__name__}; compile needs an Experiment of three stages")
+    return compile_report.run(cfg, args.topology, (args.stage,) if args.stage else STAGES, args.json)
+
+
 COMMANDS = {
+    "compile": compile_programs,
     "generate": generate_runs,
     "prepare": prepare,
     "import": import_hf,
@@ -158,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument(
         "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
     )
+    each = commands.add_parser(
+        "compile", help="compile for TPUs that are not here", description="Compiles the programs of an experiment for a TPU topology."
+    )
+    each.add_argument("file", metavar="FILE[:arg]", help="an experiment of three stages")
+    each.add_argument("--topology", metavar="NAME", required=True, help="chip and shape, e.g. v5p:4x4x8 (128 chips), v6e:16x16")
+    each.add_argument("--stage", choices=("sft", "teacher", "distill", "rollout"), help="default: all of them")
+    each.add_argument("--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value of the experiment")
+    each.add_argument("--json", action="store_true", help="one JSON object")
     each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
     each.add_argument("--domain", metavar="D", required=True, help="search, ..., general; long_context, store, science_words")
     each.add_argument("--tasks", metavar="N", type=int, required=True, help="runs to write")
