@@ -1,31 +1,52 @@
-"""`a1jax compile`: the real programs of a stage, compiled for TPUs that need not be here, and what they take."""
+"""`a1jax compile`: the real programs of a stage, compiled for TPUs that need not be here, and what they take.
+
+As JSON, one object: "topology", "chips", "devices", "mesh", "fits" (of all programs), "programs" (a list) and, at the top, the keys of the
+program with the highest peak. A program has "stage", "program", "settings" (the field its sizes come from), "tokens" (per call), and
+
+    argument_bytes, temp_bytes, output_bytes, aliased_bytes, code_bytes     per device, as the compiler has laid them out
+    host_bytes                      in the host's memory, per device
+    beside, beside_bytes            what the stage keeps in HBM besides
+    peak_bytes                      arguments + outputs that are no arguments + temporaries + code + beside
+    hbm_bytes, fits, refused        fits: not refused by the compiler, and peak_bytes at most hbm_bytes; refused: its line, or null
+    flops_per_token                 forward and backward by formula (models.flops); flops: its parts, and what is computed again
+    compiler                        its own counts of operations and bytes, with a note on what they leave out
+    bytes_moved                     through HBM per call, per device, loops multiplied in (compiled.bytes_moved)
+    collectives                     by kind and mesh axes (collectives.of_module); unknown_loops: loops counted once
+    estimate                        step time and tokens per second (chips.estimate), with its assumption
+    largest_buffers, largest_arguments, help      help: settings that would save most, where it does not fit
+    seconds_to_compile
+"""
 
 from __future__ import annotations
 
-import json
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any
+
+import jax
 
 from ..config import ConfigError
 from ..sharding import make_mesh
 from ..stages import programs
 from ..stages.pipeline import Experiment
-from . import chips
+from . import chips, collectives, compile_advice, compiled, hlo_text
+
+NOTE = (
+    "bodies of loops counted once whatever their trips, kernels (custom calls) not at all: too low by about the number of layers and blocks"
+)
 
 
-def run(cfg: Experiment, topology: str, stages: tuple[str, ...], as_json: bool) -> int:
-    """Prints the report of every program of the stages; the exit code is 1 where one does not fit."""
+def report(cfg: Experiment, topology: str, stages: tuple[str, ...]) -> dict[str, Any]:
+    """Everything about the programs of these stages. Raises ConfigError for an unknown topology, and for sizes the mesh cannot cut."""
     devices, chip = chips.devices(topology)
-    found = [measure(p, chip) for stage in stages for p in programs.of_stage(cfg, stage, place(cfg.mesh.shape, devices))]
-    fits = all(p["fits"] for p in found)
-    if as_json:
-        worst = max(found, key=lambda p: p["peak_bytes"])
-        print(json.dumps({"topology": topology, "chips": len(devices), "mesh": cfg.mesh.shape, **worst, "fits": fits, "programs": found}))
-    else:
-        for p in found:
-            print(text(p))
-    return 0 if fits else 1
+    where = place(cfg.mesh.shape, devices)
+    todo = [p for stage in stages for p in programs.of_stage(cfg, stage, where)]
+    found = [measure(p, where, chip, len(devices), cfg) for p in todo]
+    head = {"topology": topology, "chips": len(devices) // chip.cores, "devices": len(devices), "mesh": cfg.mesh.shape}
+    worst = max(found, key=lambda p: (not p["fits"], p["peak_bytes"]))
+    return {**head, **worst, "fits": all(p["fits"] for p in found), "programs": found}
 
 
 def place(shape: dict[str, int], devices: list) -> programs.Place:
@@ -37,46 +58,71 @@ def place(shape: dict[str, int], devices: list) -> programs.Place:
     return programs.Place(make_mesh(shape, devices), devices[0])
 
 
-def measure(program: programs.Program, chip: chips.Chip, mesh: Any = None) -> dict:
-    """Compiles one program: what it takes, or that it does not fit."""
-    import jax
-
+def measure(program: programs.Program, where: programs.Place, chip: chips.Chip, count: int, cfg: Experiment) -> dict[str, Any]:
+    """Compiles one program: what it takes, or that it does not fit and why."""
     began = time.perf_counter()
-    out: dict[str, Any] = {"stage": program.stage, "program": program.name, "hbm_bytes": chip.hbm, "tokens": program.tokens}
-    leaf = next(x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding"))
-    on = programs.Place(getattr(leaf.sharding, "mesh", None), None)
-    try:
-        with on.on():
-            compiled = program.fn.lower(*program.args).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    with tempfile.TemporaryDirectory() as folder, where.on():
+        lowered = program.fn.lower(*program.args)
+        try:
+            # The dump and not compiled.as_text(): it is also there for a program that is refused, and for some that cannot be printed.
+            done, refused = lowered.compile(compiler_options={"xla_dump_to": folder}), None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            done, refused = None, str(error).splitlines()[0]
         seconds = time.perf_counter() - began
-        wanted = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", str(error)) or re.search(r"Used ([\d.]+)([KMGT])", str(error))
-        size = int(float(wanted[1]) * 1024 ** "_KMGT".index(wanted[2] or "_")) if wanted else 0
-        refused = {"argument_bytes": None, "temp_bytes": size, "peak_bytes": size, "fits": False, "refused": str(error).splitlines()[0]}
-        return out | refused | {"seconds_to_compile": seconds}
-    memory = compiled.memory_analysis()
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + fresh + memory.temp_size_in_bytes
-    return out | {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "peak_bytes": peak,
-        "fits": peak <= chip.hbm,
-        "seconds_to_compile": time.perf_counter() - began,
+        path = pathlib.Path(folder)
+        module = hlo_text.read(compiled.newest(path, "after_optimizations.txt").read_text())
+        buffers, temporaries = compiled.largest_buffers(path, module), compiled.temporary_bytes(path)
+    moved, mesh = compiled.bytes_moved(module), dict(where.mesh.shape) if where.mesh is not None else {}
+    exchanged = collectives.of_module(module, mesh)
+    cost = program.cost
+    out: dict[str, Any] = {"stage": program.stage, "program": program.name, "settings": program.settings, "tokens": program.tokens}
+    out |= _memory(program, done, temporaries, chip)
+    out |= {
+        "refused": refused,
+        "fits": refused is None and out["peak_bytes"] <= chip.hbm,
+        "flops_per_token": cost.model,
+        "flops": {"forward": cost.forward, "backward": cost.backward, "recomputed": cost.recomputed, "parts": cost.parts},
+        "compiler": _counts(done),
+        "bytes_moved": moved,
+        "collectives": exchanged,
+        "unknown_loops": len(module.unknown),
+        "estimate": chips.estimate(chip, count, program.tokens, cost.passes, moved, sum(c["wire_bytes"] for c in exchanged)),
+        "largest_buffers": buffers,
+        "largest_arguments": _arguments(program),
+        "seconds_to_compile": seconds,
     }
+    return out | {"help": [] if out["fits"] else compile_advice.three(cfg, program, out, mesh)}
 
 
-def text(p: dict) -> str:
-    """The report of one program."""
-    lines = [f"{p['stage']}/{p['program']}: {p['tokens']} tokens, compiled in {p['seconds_to_compile']:.0f} s"]
-    if p["argument_bytes"] is None:
-        lines.append(f"  refused: {p['refused']}")
+def _memory(program: programs.Program, done: Any, temporaries: int, chip: chips.Chip) -> dict[str, Any]:
+    """Bytes per device. Of a program that was refused: arguments by their shapes, temporaries by the compiler's assignment."""
+    beside = {name: programs.held_bytes(tree) for name, tree in program.beside.items()}
+    if done is None:
+        parts = {"argument": programs.held_bytes(program.args), "temp": temporaries, "output": 0, "aliased": 0, "code": 0, "host": 0}
     else:
-        names = ("argument_bytes", "temp_bytes", "output_bytes", "aliased_bytes", "peak_bytes", "hbm_bytes")
-        lines += [f"  {name.removesuffix('_bytes'):10} {p[name] / 1e9:10.3f} GB per chip" for name in names]
-    return "\n".join([*lines, f"  {'fits' if p['fits'] else 'DOES NOT FIT'}"])
+        m = done.memory_analysis()
+        host = m.host_argument_size_in_bytes + m.host_output_size_in_bytes - m.host_alias_size_in_bytes + m.host_temp_size_in_bytes
+        sizes = (m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes)
+        parts = dict(zip(("argument", "temp", "output", "aliased"), sizes, strict=True))
+        parts |= {"code": m.generated_code_size_in_bytes, "host": host}
+    peak = parts["argument"] + parts["output"] - parts["aliased"] + parts["temp"] + parts["code"] + sum(beside.values())
+    sized = {f"{name}_bytes": value for name, value in parts.items()}
+    return {**sized, "beside": beside, "beside_bytes": sum(beside.values()), "peak_bytes": peak, "hbm_bytes": chip.hbm}
+
+
+def _counts(done: Any) -> dict[str, Any]:
+    if done is None:
+        return {"note": "refused"}
+    found = done.cost_analysis() or {}
+    return {"flops": found.get("flops", 0.0), "bytes": found.get("bytes accessed", 0.0), "note": NOTE}
+
+
+def _arguments(program: programs.Program, count: int = 8) -> list[dict[str, Any]]:
+    """The largest arguments: name, shape of the whole, bytes per device."""
+    leaves = jax.tree_util.tree_flatten_with_path(tuple(program.args))[0]
+    sized = sorted(
+        ((programs.held_bytes(x), jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves), key=lambda s: -s[0]
+    )
+    return [{"bytes": n, "name": re.sub(r"^\d+/", "", name), "shape": f"{x.dtype}{list(x.shape)}"} for n, name, x in sized[:count]]
