@@ -3,7 +3,8 @@
 Per chip, as the vendor's public system-architecture pages give them (dense bfloat16; ICI one way): v4 275 TFLOP/s, 32 GiB, 1228 GB/s,
 6 links of 50 GB/s; v5e 197, 16, 819, 4 x 50; v5p 459, 95, 2765, 6 x 100; v6e 918, 32, 1640, 4 x 100; tpu7x 2307, 192, 7380, 6 x 100. A
 device of jax is a whole chip on v5e, v5p (its two cores as one) and v6e; on v4 and tpu7x the compiler's topologies describe each of the
-two cores as a device with half of everything. Every number in the table is per device.
+two cores as a device with half of everything. Every number in the table is per device; hbm is what the compiler (libtpu 0.0.52) leaves to a
+program, read off its refusals.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class Chip:
 
 # By jax's device_kind.
 CHIPS = {
-    "TPU v4": Chip("v4", 137.5e12, 16 * GIB, 614e9, 50e9, 2),
-    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 819e9, 100e9),
-    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 200e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 200e9),
-    "TPU7x": Chip("tpu7x", 1153.5e12, 96 * GIB, 3690e9, 100e9, 2),
+    "TPU v4": Chip("v4", 137.5e12, int(15.25 * GIB), 614e9, 50e9, 2),
+    "TPU v5 lite": Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 100e9),
+    "TPU v5": Chip("v5p", 459e12, int(95.73 * GIB), 2765e9, 200e9),
+    "TPU v6 lite": Chip("v6e", 918e12, int(31.24 * GIB), 1640e9, 200e9),
+    "TPU7x": Chip("tpu7x", 1153.5e12, int(94.74 * GIB), 3690e9, 100e9, 2),
 }
 FAMILIES = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 

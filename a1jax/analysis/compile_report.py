@@ -4,6 +4,7 @@ As JSON, one object: "topology", "chips", "devices", "mesh", "fits" (of all prog
 program with the highest peak. A program has "stage", "program", "settings" (the field its sizes come from), "tokens" (per call), and
 
     argument_bytes, temp_bytes, output_bytes, aliased_bytes, code_bytes     per device, as the compiler has laid them out
+    argument_bytes_unpadded         arguments by their shapes and shardings alone: small ones are filled up to whole tiles
     host_bytes                      in the host's memory, per device
     beside, beside_bytes            what the stage keeps in HBM besides
     peak_bytes                      arguments + outputs that are no arguments + temporaries + code + beside
@@ -67,13 +68,16 @@ def measure(program: programs.Program, where: programs.Place, chip: chips.Chip, 
             # The dump and not compiled.as_text(): it is also there for a program that is refused, and for some that cannot be printed.
             done, refused = lowered.compile(compiler_options={"xla_dump_to": folder}), None
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             done, refused = None, str(error).splitlines()[0]
         seconds = time.perf_counter() - began
         path = pathlib.Path(folder)
-        module = hlo_text.read(compiled.newest(path, "after_optimizations.txt").read_text())
-        buffers, temporaries = compiled.largest_buffers(path, module), compiled.temporary_bytes(path)
+        try:
+            module = hlo_text.read(compiled.newest(path, "after_optimizations.txt").read_text())
+            buffers, temporaries = compiled.largest_buffers(path, module), compiled.temporary_bytes(path)
+        except FileNotFoundError:  # refused before memory was assigned: nothing is known but the reason
+            if refused is None:
+                raise
+            raise ConfigError(f"{program.stage} {program.name}: the compiler refuses it: {refused}") from None
     moved, mesh = compiled.bytes_moved(module), dict(where.mesh.shape) if where.mesh is not None else {}
     exchanged = collectives.of_module(module, mesh)
     cost = program.cost
@@ -108,7 +112,7 @@ def _memory(program: programs.Program, done: Any, temporaries: int, chip: chips.
         parts = dict(zip(("argument", "temp", "output", "aliased"), sizes, strict=True))
         parts |= {"code": m.generated_code_size_in_bytes, "host": host}
     peak = parts["argument"] + parts["output"] - parts["aliased"] + parts["temp"] + parts["code"] + sum(beside.values())
-    sized = {f"{name}_bytes": value for name, value in parts.items()}
+    sized = {f"{name}_bytes": value for name, value in parts.items()} | {"argument_bytes_unpadded": programs.held_bytes(program.args)}
     return {**sized, "beside": beside, "beside_bytes": sum(beside.values()), "peak_bytes": peak, "hbm_bytes": chip.hbm}
 
 

@@ -105,9 +105,7 @@ def largest_buffers(folder: pathlib.Path, module: Module, count: int = 8) -> lis
     for line in newest(folder, "after_optimizations-buffer-assignment.txt").read_text().splitlines():
         if line.startswith("allocation "):
             reading = _is_temporary(line)
-        elif reading and (
-            m := re.match(r" value: <\d+ (\S+?)(?:\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (\w+\[\S*)", line)
-        ):
+        elif reading and (m := value.match(line)):
             found.append((int(m[2]), int(m[3]), "%" + m[1], m[4]))
     taken: list[tuple[int, int]] = []
     out = []

@@ -57,7 +57,7 @@ def head(cfg: ModelConfig) -> float:
     return 2.0 * cfg.d_model * cfg.vocab_size
 
 
-def attention(cfg: ModelConfig, keys: float) -> float:
+def attention(cfg: ModelConfig, keys: float | int) -> float:
     """Scores and mixing of all full-attention layers, per query that sees so many keys."""
     full = _full(cfg)
     return 4.0 * full * cfg.num_heads * cfg.head_dim * keys
@@ -69,7 +69,8 @@ def delta_chunked(cfg: ModelConfig) -> float:
     c, dk, dv = cfg.delta_chunk, cfg.linear_key_head_dim, cfg.linear_value_head_dim
     per_key_head = 2 * (2.0 * c * dk)  # keys with keys, queries with keys
     inverse = 2 * max(0, math.log2(c) - 1) * 2.0 * c * c
-    per_head = inverse + 2.0 * c * dv + 2.0 * c * dk + 3 * 2.0 * dk * dv + 2.0 * c * dv
+    decays = 2.0 * c
+    per_head = decays + inverse + 2.0 * c * dv + 2.0 * c * dk + 3 * 2.0 * dk * dv + 2.0 * c * dv
     return (cfg.num_layers - _full(cfg)) * (cfg.linear_num_key_heads * per_key_head + cfg.linear_num_value_heads * per_head)
 
 
@@ -111,7 +112,7 @@ def forward(cfg: ModelConfig, length: int, heads: float = 1.0) -> Flops:
     return Flops(sum(parts.values()), 0.0, 0.0, parts["delta rule"], parts)
 
 
-def decoding(cfg: ModelConfig, keys: float) -> Flops:
+def decoding(cfg: ModelConfig, keys: float | int) -> Flops:
     """One token with so many keys in the cache; the step multiplies with all places of the cache, masked or not."""
     parts = {**linear_parts(cfg), "attention": attention(cfg, keys), "delta rule": delta_step(cfg), "output matrix": head(cfg)}
     return Flops(sum(parts.values()), 0.0, 0.0, parts["delta rule"], parts)
