@@ -109,7 +109,7 @@ def _op(line: str, inside: str) -> Op | None:
     kind, _, rest = rest.partition("(")
     stop = _closing("(" + rest, 0) - 1
     operands = tuple(_NAME.findall(rest[:stop]))
-    return Op(name, type_text, kind, operands, rest if kind == "constant" else rest[stop:], root, inside)
+    return Op(name, type_text, kind, operands, rest if kind in ("constant", "parameter") else rest[stop:], root, inside)
 
 
 def _closing(text: str, at: int) -> int:

@@ -34,7 +34,7 @@ def products(jaxpr, times=1.0) -> float:
 
 @pytest.fixture
 def cfg():
-    """Hardly anything is equal to anything else, so that a swapped size shows; grouped heads in both mixers; 3 gated delta nets to 1 attention."""
+    """Sizes that differ, so that a swapped one shows; grouped heads in both mixers; three gated delta nets to one attention."""
     return config.tiny_deep(
         vocab_size=96, d_model=24, num_heads=4, num_kv_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=6,
         linear_key_head_dim=8, linear_value_head_dim=12, num_experts=8, num_experts_active=3, expert_width=20, shared_expert_width=28,
