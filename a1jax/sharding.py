@@ -227,3 +227,22 @@ def _from_host(x: np.ndarray, placed: NamedSharding, rows: Sequence[int] | None 
         return x[at[start] : at[start] + stop - start][(slice(None), *index[1:])]  # rows in order: those of a device lie side by side
 
     return jax.make_array_from_callback((len(x) if at is None else total, *x.shape[1:]), placed, part)
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh | None, device: jax.Device | None = None, routes: tuple[int, int] | None = None):
+    """A types.Batch of ShapeDtypeStructs as put_batch would place it, on ``mesh`` or, without one, on ``device``.
+
+    routes: (layers, active experts) of a batch that has some. Raises as put_batch."""
+    if mesh is None:
+        placed = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), types.Batch(*[0] * 6, 0 if routes else None))
+    else:
+        partition_spec(("batch", "length"), mesh, (rows, length))
+        placed = batch_shardings(mesh, routes is not None)
+    kinds = {"mask": jnp.float32, "routes": jnp.int16}
+
+    def of(name, sharding):
+        shape = (rows, length, *routes) if name == "routes" else (rows, length)
+        return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=sharding)
+
+    fields = ((field.name, getattr(placed, field.name)) for field in dataclasses.fields(types.Batch))
+    return types.Batch(**{name: of(name, sharding) for name, sharding in fields if sharding is not None})

@@ -110,9 +110,11 @@ def init_state(params: Params, tx: optax.GradientTransformation | Rule, seed: in
 def abstract_state(params: Params, tx: optax.GradientTransformation | Rule) -> TrainState:
     """Shapes, types and places of ``init_state``'s result, to compile a step for devices that are not here.
 
-    params: ShapeDtypeStructs with NamedShardings."""
-    places, whole = _places(params, tx), _everywhere(params)
-    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(tx.init, params), places)
+    params: ShapeDtypeStructs with their shardings."""
+    whole, places = _everywhere(params), _places(params, tx)
+    shapes = jax.eval_shape(tx.init, params)
+    places = jax.tree.map(lambda _: whole, shapes) if places is None else places
+    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
     step, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (step, key))
     return TrainState(step, params, opt_state, key)

@@ -34,18 +34,22 @@ def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
     return {"position": jnp.zeros((batch,), jnp.int32), "layers": [layer(i) for i in range(cfg.num_layers)]}
 
 
+def cache_axes(cfg: ModelConfig, max_length: int) -> dict:
+    """The logical axes of init_cache's arrays on the current mesh: slots over the data axes, heads over tensor and the places of
+    attention over context where they divide."""
+    kv = ("batch", if_even("kv_heads", cfg.num_kv_heads), if_even("length", max_length), None)
+    state = ("batch", "linear_heads", None, None)
+
+    def layer(i):
+        return {"k": kv, "v": kv} if cfg.is_full_attention(i) else {"window": ("batch", None, "linear_qkv"), "state": state}
+
+    return {"position": ("batch",), "layers": [layer(i) for i in range(cfg.num_layers)]}
+
+
 def place_cache(cache: dict, cfg: ModelConfig) -> dict:
-    """The cache, told to lie as the table says; within jit. Slots are cut over the data axes; heads over tensor and the places of
-    attention over context where they divide. Without a mesh it is the cache itself."""
-    kv = if_even("kv_heads", cfg.num_kv_heads)
-
-    def layer(own: dict) -> dict:
-        if "k" in own:
-            return {name: constrain(own[name], "batch", kv, if_even("length", own[name].shape[2]), None) for name in ("k", "v")}
-        state = constrain(own["state"], "batch", "linear_heads", None, None)
-        return {"window": constrain(own["window"], "batch", None, "linear_qkv"), "state": state}
-
-    return {"position": constrain(cache["position"], "batch"), "layers": [layer(own) for own in cache["layers"]]}
+    """The cache, told to lie as ``cache_axes`` says; within jit. Without a mesh it is the cache itself."""
+    lengths = [layer["k"].shape[2] for layer in cache["layers"] if "k" in layer]
+    return jax.tree.map(lambda x, axes: constrain(x, *axes), cache, cache_axes(cfg, max(lengths, default=1)))
 
 
 def layer_params(params: dict, layer: int, cfg: ModelConfig) -> dict:
