@@ -2,7 +2,8 @@
 ``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``,
 ``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM (saved, one line), 75 another
+process was lost (one line), 1 anything else (a traceback). After 75, 130 and 143 the same command goes on.
 Imports are inside the functions, so that ``--help`` does not wait for jax.
 """
 
@@ -13,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from a1jax import __version__
+from a1jax import __version__, interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,11 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("a1jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except interruption.Interrupted as stop:
+        print(f"a1jax: {stop}", file=sys.stderr)
+        if argv is None:
+            interruption.end_within(5, stop.code)
+        return stop.code
 
 
 def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Loads, overrides and checks the config, then calls ``cfg.main(cfg, workdir)``. Writes nothing before all of that is good."""
-    from a1jax import config, config_files, provenance
+    from a1jax import config, config_files, lost_process, provenance
 
     cfg = config.override(config.load(args.file), args.set)
     config.check(cfg)
@@ -47,15 +53,18 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     entry = provenance.collect(words, getattr(cfg, "seed", None))
 
     first = not (workdir / "config.py").exists()
-    config.save(cfg, workdir / "config.py")
+    if first or provenance.read(workdir).get("outcome") != "finished":  # a finished run is not run again: its mesh is the one it ran on
+        config.save(cfg, workdir / "config.py")
     provenance.start(workdir, entry)
     try:
-        cfg.main(cfg, workdir)
+        with interruption.listening():
+            cfg.main(cfg, workdir)
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, KeyboardInterrupt | interruption.Interrupted)
         provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
         if first and isinstance(error, _user_errors()):
             _take_back(workdir)
+        lost_process.part(error)
         raise
     provenance.finish(workdir, "finished")
     return 0
@@ -212,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
-    """Raises ConfigError where ``workdir`` is not a folder or holds a run of another config."""
+    """Raises ConfigError where ``workdir`` is not a folder or holds a run of another config. On which mesh a run goes on is free."""
     from a1jax import config
 
     saved = workdir / "config.py"
@@ -224,7 +233,7 @@ def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
         before = config.load(str(saved))
     except config.ConfigError as error:
         raise config.ConfigError(f"{workdir}: its config cannot be compared ({error}); choose another --workdir") from error
-    lines = config.diff(before, cfg)
+    lines = [line for line in config.diff(before, cfg) if not line.startswith("mesh.")]
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise config.ConfigError(f"{workdir}: holds a run of another config ({'; '.join(lines[:3])}{more}); choose another --workdir")

@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Floors, from the ground up. A module imports from its own room and from floors below, never from above.
 FLOORS = (
     {"kernels"},
-    {"__init__", "params", "sharding", "types", "config", "config_types", "config_bind", "config_files"},
+    {"__init__", "params", "sharding", "types", "config", "config_types", "config_bind", "config_files", "coordination"},
     {"models", "losses", "align"},
-    {"train", "optim", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"},
+    {"train", "optim", "data", "domains", "rollout", "checkpoint", "metrics", "provenance", "interruption", "lost_process"},
     {"stages"},
     {"main", "analysis"},
 )
