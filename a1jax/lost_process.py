@@ -106,16 +106,14 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def going_on(say: Callable[[], str]) -> Iterator[None]:
-    """Within, ``say()`` tells in half a sentence where the same command goes on."""
+    """Within, and after an error within, ``say()`` tells in half a sentence where the same command goes on."""
     watch()
     before = [each.going_on for each in _watches]
     for each in _watches:
         each.going_on = say
-    try:
-        yield
-    finally:
-        for each, old in zip(_watches, before, strict=False):
-            each.going_on = old
+    yield
+    for each, old in zip(_watches, before, strict=False):
+        each.going_on = old
 
 
 def part(error: BaseException) -> None:
