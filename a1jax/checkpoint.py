@@ -6,6 +6,7 @@ without its optimizer. A step directory appears complete or not at all; a proces
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ PathLike = str | os.PathLike[str]
 def open_manager(directory: PathLike, keep: int, save_every: int) -> ocp.CheckpointManager:
     """A manager of the checkpoints in ``directory`` (created). keep: how many of the newest stay. save_every: steps between saves.
 
-    Saving goes on in the background; ``manager.close()`` waits for it and must be called before the process ends.
+    Saving goes on in the background: ``check`` says when it has failed, ``manager.close()`` waits for it and must be called before the
+    process ends.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
@@ -46,7 +48,9 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, extra: di
     a step that is saved already is passed over.
 
     The state may be donated as soon as this returns. extra: what JSON can hold (the position of the loader, ...).
+    Raises ConfigError where a save, this or the one before, failed.
     """
+    check(manager)
     if step in manager.all_steps():
         return False
     rest = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
@@ -55,7 +59,43 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState, extra: di
         state=ocp.args.StandardSave(_without_keys(rest)),
         extra=ocp.args.JsonSave(extra),
     )
-    return bool(manager.save(step, args=items, force=force))
+    with _told_in_one_line(manager, step):
+        return bool(manager.save(step, args=items, force=force))
+
+
+def check(manager: ocp.CheckpointManager) -> None:
+    """Raises ConfigError where the last save, which goes on in the background, has failed. Does not wait for one that is under way."""
+    if not manager.is_saving_in_progress():
+        wait(manager)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when the last save is complete. Raises as ``check``."""
+    with _told_in_one_line(manager):
+        manager.wait_until_finished()
+
+
+def latest(directory: PathLike) -> int | None:
+    """Step of the newest complete checkpoint in ``directory``, None where there is none. Reads names only."""
+    steps = ocp.utils.checkpoint_steps(_absolute(directory))
+    return max(steps, default=None)
+
+
+@contextlib.contextmanager
+def _told_in_one_line(manager: ocp.CheckpointManager, step: int | None = None) -> Iterator[None]:
+    """What goes wrong with writing as a ConfigError: what, where, from which step the run can go on."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        have = latest(manager.directory)
+        which = "the checkpoint" if step is None else f"step {step}"
+        raise ConfigError(
+            f"{manager.directory}: {which} could not be saved ({reason[:300]}); make room or mend the file system, then the same command "
+            f"goes on from {'the beginning' if have is None else f'step {have}'}"
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, template: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
@@ -64,7 +104,7 @@ def restore(manager: ocp.CheckpointManager, template: TrainState) -> tuple[Train
     template: a state of the same shapes and dtypes (arrays or ShapeDtypeStructs), whose shardings the result gets.
     Raises ConfigError listing the arrays that are missing, unknown or of another shape or dtype.
     """
-    manager.wait_until_finished()
+    wait(manager)
     step = manager.latest_step()
     if step is None:
         return None
@@ -217,8 +257,10 @@ def _compare(wanted: Any, found: Any, where: str, exact_dtype: bool) -> None:
 
 
 def _speaks(record: logging.LogRecord) -> bool:
-    """Orbax reports every directory it makes; only its errors are worth a line on the reader's screen."""
-    return record.levelno >= logging.ERROR or "orbax" not in pathlib.PurePath(record.pathname).parts
+    """Orbax reports every directory it makes; only its errors are worth a line on the reader's screen. Those with a traceback are raised
+    as well, and would be told by two pages before our line."""
+    ours = "orbax" not in pathlib.PurePath(record.pathname).parts
+    return ours or (record.levelno >= logging.ERROR and not record.exc_info)
 
 
 logging.getLogger("absl").addFilter(_speaks)

@@ -71,8 +71,10 @@ def _platform_has_several(environ: Mapping[str, str]) -> bool:
     return slurm > 1 or "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
 
 
-def join(found: dict[str, Any]) -> None:
+def join(found: dict[str, Any], silence: int = 100) -> None:
     """Joins the other processes: ``jax.distributed.initialize``. Before any device is touched. CPUs reduce over gloo.
+
+    silence: seconds without a sign of life after which a process counts as lost, and jax ends the others.
 
     Raises ConfigError where the others do not come within ``initialization_timeout`` seconds (an argument of jax's).
     """
@@ -82,7 +84,7 @@ def join(found: dict[str, Any]) -> None:
     if found:  # given, not asked of a platform: which may be Slurm all the same, and would then hand out one GPU per process
         found = {"cluster_detection_method": "deactivate", **found}
     try:
-        jax.distributed.initialize(**found)
+        jax.distributed.initialize(**found, heartbeat_timeout_seconds=silence)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes did not find each other: {str(error).partition(chr(10))[0]}") from error
 

@@ -2,8 +2,9 @@
 ``a1jax generate --domain D ...``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``,
 ``a1jax export RUN_DIR HF_DIR``, ``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback, or, of compile, a program
-that does not fit). Of several processes each has its own, and one that fails leaves at once.
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM (saved, one line), 75 another
+process was lost (one line), 1 anything else (a traceback, or, of compile, a program that does not fit). After 75, 130 and 143 the same
+command goes on. Of several processes each has its own, and one that fails leaves at once.
 Imports are inside the functions, so that ``--help`` does not wait for jax.
 """
 
@@ -18,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from a1jax import __version__
+from a1jax import __version__, interruption
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("a1jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return _leave(130)
+    except interruption.Interrupted as stop:
+        print(f"a1jax: {stop}", file=sys.stderr)
+        if argv is None:
+            interruption.end_within(5, stop.code)
+        return _leave(stop.code)
     except Exception as error:
         return _leave(error)
 
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     """Loads, overrides and checks the config, then calls ``cfg.main(cfg, workdir)``. Writes nothing before all of that is good.
 
     Several processes join in between; the first one writes and prints, in a folder that all of them see."""
-    from a1jax import config, config_files, distributed, provenance
+    from a1jax import config, config_files, distributed, lost_process, provenance
 
     cfg = config.override(config.load(args.file), args.set)
     config.check(cfg)
@@ -66,14 +72,16 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
     workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / cfg.name)
     others = distributed.arguments(args.coordinator, args.processes, args.process)
     if others is not None and not distributed.joined():
-        distributed.join(others)
+        distributed.join(others, lost_process.SECONDS)
+        lost_process.watch()
     distributed.by_first(lambda: _refuse_another_run(cfg, workdir))
     entry = provenance.collect(words, getattr(cfg, "seed", None))
 
     new = not (workdir / "config.py").exists()
 
     def begin() -> None:
-        config.save(cfg, workdir / "config.py")
+        if new or provenance.read(workdir).get("outcome") != "finished":  # a finished run is not run again: its mesh is the one it ran on
+            config.save(cfg, workdir / "config.py")
         provenance.start(workdir, entry)
 
     distributed.by_first(begin)
@@ -82,17 +90,18 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
             f"{workdir}: this process does not see what process 0 wrote there; choose a --workdir that all hosts share"
         )
     try:
-        with contextlib.ExitStack() as quiet:
+        with interruption.listening(), contextlib.ExitStack() as quiet:
             if not distributed.is_first():
                 quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 logging.getLogger("a1jax").setLevel(logging.ERROR)
             cfg.main(cfg, workdir)
     except BaseException as error:
         if distributed.is_first():
-            stopped = isinstance(error, KeyboardInterrupt)
+            stopped = isinstance(error, KeyboardInterrupt | interruption.Interrupted)
             provenance.finish(workdir, "interrupted" if stopped else f"failed: {type(error).__name__}: {error}")
             if new and isinstance(error, _user_errors()):
                 _take_back(workdir)
+        lost_process.part(error)
         raise
     if distributed.is_first():
         provenance.finish(workdir, "finished")
@@ -296,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
-    """Raises ConfigError where ``workdir`` is not a folder or holds a run of another config."""
+    """Raises ConfigError where ``workdir`` is not a folder or holds a run of another config. On which mesh a run goes on is free."""
     from a1jax import config
 
     saved = workdir / "config.py"
@@ -308,7 +317,7 @@ def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
         before = config.load(str(saved))
     except config.ConfigError as error:
         raise config.ConfigError(f"{workdir}: its config cannot be compared ({error}); choose another --workdir") from error
-    lines = config.diff(before, cfg)
+    lines = [line for line in config.diff(before, cfg) if not line.startswith("mesh.")]
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise config.ConfigError(f"{workdir}: holds a run of another config ({'; '.join(lines[:3])}{more}); choose another --workdir")

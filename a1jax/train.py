@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import checkpoint, metrics, sharding
+from . import checkpoint, interruption, lost_process, metrics, sharding
 from . import params as param_specs
 from .types import Metrics, Params, TrainState
 from .update_rule import Rule, plain_step, to_device, to_host
@@ -155,45 +155,74 @@ def fit(
     probe: Callable[[Params], Metrics] | None = None,
     probe_every: int = 1,
 ) -> TrainState:
-    """Run ``step_fn`` until ``steps``, from the last complete checkpoint in ``directory`` when there is one.
+    """Run ``step_fn`` until ``steps``, from the last complete checkpoint in ``directory`` when there is one, under whichever mesh that was.
 
     Saves every ``save_every`` steps and at the end, keeping ``keep``. A resumed run is bitwise the uninterrupted one: the state, the
     source's position and the keys all come from the checkpoint, and metrics lines written after it are dropped.
     probe(params) -> metrics is asked before the first step, every ``probe_every`` steps and after the last, and written as "<stage>/probe".
+    Told to stop (``interruption``), it finishes the step in hand, but abandons a batch in the making, saves, waits until that is complete
+    and raises Interrupted. Raises ConfigError at the first step that finds a save to have failed.
     """
     manager = checkpoint.open_manager(directory, keep=keep, save_every=save_every)
+
+    def stopped(number: int, at: int, state: TrainState, position: dict) -> interruption.Interrupted:
+        if at:  # before the first step there is nothing to lose
+            checkpoint.save(manager, at, state, {"source": position, "stage": stage}, force=True)
+            checkpoint.wait(manager)
+        return interruption.Interrupted(number, f"{stage} is saved at step {at}" if at else f"{stage} is at its beginning")
+
     try:
-        found = checkpoint.restore(manager, state)
-        if found is not None:
-            state, extra, _ = found
-            source.set_state(extra["source"])
-        done = int(state.step)
-        writer.rewind(stage, done)
-        writer.rewind(f"{stage}/probe", done)
-        if probe is not None and done == 0:
-            writer.write(0, f"{stage}/probe", probe(state.params))
-        with metrics.progress(stage, total=steps, done=done) as bar:
-            clock, tokens = time.perf_counter(), 0
-            for at in range(done, steps):
-                batch, extra_metrics = source.next(state)
-                tokens += extra_metrics.get("tokens", 0)
-                state, out = step_fn(state, batch)
-                if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
-                    out = jax.device_get(out)
-                    arrays = {k: v for k, v in out.items() if np.ndim(v)}
-                    out = {k: float(v) for k, v in out.items() if k not in arrays}
-                    if not np.isfinite(out["loss"]):
-                        raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {at + 1}; lower the learning rate")
-                    out = {k: v for k, v in out.items() if out.get(f"{k}_tokens", 1) > 0}  # the others were measured at no token
-                    seconds = time.perf_counter() - clock
-                    rate = tokens / seconds if at > done else 0.0  # the first step only compiles
-                    clock, tokens = time.perf_counter(), 0
-                    writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate}, arrays)
-                    bar.update(at + 1, loss=out["loss"], tokens_per_second=rate)
-                if probe is not None and ((at + 1) % probe_every == 0 or at + 1 == steps):
-                    writer.write(at + 1, f"{stage}/probe", probe(state.params))
-                if (at + 1) % save_every == 0 or at + 1 == steps:
-                    checkpoint.save(manager, at + 1, state, {"source": source.get_state(), "stage": stage}, force=True)
+        with interruption.listening(), interruption.holding(), lost_process.going_on(lambda: _from_where(stage, directory)):
+            found = checkpoint.restore(manager, state)
+            if found is not None:
+                state, extra, _ = found
+                source.set_state(extra["source"])
+            done = int(state.step)
+            writer.rewind(stage, done)
+            writer.rewind(f"{stage}/probe", done)
+            if probe is not None and done == 0:
+                writer.write(0, f"{stage}/probe", probe(state.params))
+            with metrics.progress(stage, total=steps, done=done) as bar:
+                clock, tokens = time.perf_counter(), 0
+                for at in range(done, steps):
+                    position = source.get_state()
+                    try:
+                        with interruption.abandonable():
+                            batch, extra_metrics = source.next(state)
+                    except interruption.Interrupted as stop:
+                        raise stopped(stop.number, at, state, position) from None
+                    tokens += extra_metrics.get("tokens", 0)
+                    state, out = step_fn(state, batch)
+                    if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
+                        out, arrays = _reported(out, stage, at + 1)
+                        seconds = time.perf_counter() - clock
+                        rate = tokens / seconds if at > done else 0.0  # the first step only compiles
+                        clock, tokens = time.perf_counter(), 0
+                        writer.write(at + 1, stage, {**out, **extra_metrics, "tokens_per_second": rate}, arrays)
+                        bar.update(at + 1, loss=out["loss"], tokens_per_second=rate)
+                    if probe is not None and ((at + 1) % probe_every == 0 or at + 1 == steps):
+                        writer.write(at + 1, f"{stage}/probe", probe(state.params))
+                    if (at + 1) % save_every == 0 or at + 1 == steps:
+                        checkpoint.save(manager, at + 1, state, {"source": source.get_state(), "stage": stage}, force=True)
+                    if number := interruption.asked():
+                        raise stopped(number, at + 1, state, source.get_state())
+                    checkpoint.check(manager)
+            checkpoint.wait(manager)
     finally:
         manager.close()
     return state
+
+
+def _reported(out: Metrics, stage: str, step: int) -> tuple[dict[str, float], Metrics]:
+    """A step's metrics on the host, numbers and arrays apart. Raises FloatingPointError for a loss that is none."""
+    out = jax.device_get(out)
+    arrays = {k: v for k, v in out.items() if np.ndim(v)}
+    out = {k: float(v) for k, v in out.items() if k not in arrays}
+    if not np.isfinite(out["loss"]):
+        raise FloatingPointError(f"{stage}: loss is {out['loss']} at step {step}; lower the learning rate")
+    return {k: v for k, v in out.items() if out.get(f"{k}_tokens", 1) > 0}, arrays  # the others were measured at no token
+
+
+def _from_where(stage: str, directory: pathlib.Path) -> str:
+    step = checkpoint.latest(directory)
+    return f"{stage} goes on from {'its beginning' if step is None else f'step {step}'}"

@@ -16,9 +16,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Floors, from the ground up. A module imports from its own room and from floors below, never from above.
 FLOORS = (
     {"kernels"},
-    {"__init__", "params", "sharding", "mesh_shapes", "distributed", "types", "config", "config_types", "config_bind", "config_files"},
+    {
+        *("__init__", "params", "sharding", "mesh_shapes", "distributed", "coordination", "types"),
+        *("config", "config_types", "config_bind", "config_files"),
+    },
     {"models", "losses", "align"},
-    {"train", "optim", "update_rule", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"},
+    {
+        *("train", "optim", "update_rule", "data", "domains", "rollout", "checkpoint", "metrics", "provenance"),
+        *("interruption", "lost_process"),
+    },
     {"stages"},
     {"main", "analysis"},
 )

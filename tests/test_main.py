@@ -21,12 +21,17 @@ import dataclasses, pathlib, time
 from a1jax.config import Binding, ConfigError, bind
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    shape: dict[str, int] = dataclasses.field(default_factory=dict)
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     name: str
     main: Binding
     steps: int = 3
     seed: int = 11
     rate: float = 0.5
+    mesh: Mesh = Mesh()
 
     def __post_init__(self):
         if self.steps == 13:
@@ -127,6 +132,19 @@ def test_another_config_in_the_workdir_is_refused(here, capsys):
     assert "cannot be compared" in _refused(capsys, "run", "exp.py", "--workdir", "w")
     (here / "w/config.py").write_bytes(before["w/config.py"])
     assert {name: (here / name).read_bytes() for name in _files(here)} == before
+
+
+def test_a_run_goes_on_under_another_mesh_and_its_config_says_which(here, capsys):
+    def shape():
+        return config.load("w/config.py").mesh.shape
+
+    assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'fsdp': 8}"]) == 0
+    assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'expert': 4}"]) == 0
+    assert shape() == {"fsdp": 8}  # it was finished: nothing was run on the other one
+    provenance.finish(pathlib.Path("w"), "interrupted")
+    assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'expert': 4}"]) == 0
+    assert shape() == {"expert": 4} and (here / "w/out.txt").read_text() == "3 0.5\n" * 3
+    assert "holds a run of another config" in _refused(capsys, "run", "exp.py", "--workdir", "w", "--set", "mesh.shape={}", "seed=1")
 
 
 @pytest.mark.parametrize(

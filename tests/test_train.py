@@ -1,12 +1,17 @@
 """The one train step and its loop, on a model small enough to know by hand."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from a1jax import metrics, train
+from a1jax import checkpoint, metrics, train
+from a1jax.config import ConfigError
 from a1jax.types import TrainState
 
 
@@ -113,3 +118,42 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     source.position = float("nan")
     with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
         fit(tmp_path, source)
+
+
+def test_training_goes_on_while_a_save_is_being_written(tmp_path, monkeypatch):
+    may_write, wait, seen = threading.Event(), async_checkpointer._background_wait_for_commit_futures, []
+
+    def slow(*args, **more):
+        assert may_write.wait(60)
+        return wait(*args, **more)
+
+    class Watching(Counting):
+        def next(self, state):
+            seen.append((self.position, checkpoint.latest(tmp_path / "checkpoints")))
+            if self.position == 6:
+                may_write.set()
+            return super().next(state)
+
+    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", slow)
+    fit(tmp_path, Watching(), save_every=4)
+    assert seen == [(n, None) for n in range(7)]  # three steps are trained while the save of step 4 waits for its file system
+    assert checkpoint.latest(tmp_path / "checkpoints") == 7
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_in_one_line(tmp_path, monkeypatch, capfd):
+    fit(tmp_path, Counting(), steps=2)
+
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    class Patient(Counting):
+        def next(self, state):
+            time.sleep(0.2 if self.position > 3 else 0)
+            return super().next(state)
+
+    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", full)
+    source = Patient()
+    with pytest.raises(ConfigError, match=r"could not be saved \(.*No space left on device.*goes on from step 2") as error:
+        fit(tmp_path, source, steps=100, save_every=4)
+    assert "\n" not in str(error.value) and source.position < 8
+    assert "Traceback" not in capfd.readouterr().err

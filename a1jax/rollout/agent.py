@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .. import distributed
+from .. import distributed, interruption
 from ..config import ConfigError
 from ..data import chat
 from ..data.tokenizer import Tokenizer
@@ -156,6 +156,8 @@ class _Session:
             flight = None
             while flight is not None or self.acting or slots.decoding.any():
                 following = slots.dispatch()
+                if following is not None:
+                    interruption.point()
                 if flight is not None:
                     for slot in slots.collect(flight):
                         self._turn_over(slot)
@@ -164,7 +166,7 @@ class _Session:
                 self._refill()
                 flight = following
         finally:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+            self.pool.shutdown(wait=False, cancel_futures=True)  # nothing is acting, unless the rollout is abandoned
         return self.done, self._counts(time.perf_counter() - began)
 
     def _counts(self, seconds: float) -> dict:

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 def compiled(*programs):
     """What compile_attention_for_tpu says of each program, in a process that sees no device but the CPU."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    words = [word for program in programs for word in program.split()]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests/models/compile_attention_for_tpu.py"), *(word for program in programs for word in program.split())],
+        [sys.executable, str(ROOT / "tests/models/compile_attention_for_tpu.py"), *words],
         capture_output=True, text=True, timeout=900, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
