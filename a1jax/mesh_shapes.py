@@ -114,6 +114,6 @@ def _along_wires(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
     if devices[0].platform == "tpu" and len(devices) > 1:
         try:
             return mesh_utils.create_device_mesh(sizes, devices, contiguous_submeshes=False, allow_split_physical_axes=True)
-        except (AssertionError, NotImplementedError, ValueError) as error:  # a part of a slice, or a shape its torus does not have
+        except (AssertionError, RuntimeError, ValueError) as error:  # a part of a slice, or a shape its torus does not have
             log.warning("chips stand in the mesh in their own order, not along their wires: %s", str(error).partition("\n")[0][:200])
     return np.asarray(devices).reshape(sizes)
