@@ -81,6 +81,7 @@ def join(found: dict[str, Any], silence: int = 100) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM before a1jax.interruption does
     if found:  # given, not asked of a platform: which may be Slurm all the same, and would then hand out one GPU per process
         found = {"cluster_detection_method": "deactivate", **found}
     try:

@@ -82,7 +82,8 @@ def play(spec: str, folder: pathlib.Path, seconds: float) -> list[tuple[int, str
 
 def test_two_processes_do_what_one_does(tmp_path):
     ended = play(str(EXPERIMENT), tmp_path, 240)
-    refusal = "a1jax: mesh fsdp 2 x expert 2 needs 4 devices, here are 8; nearest possible: mesh.shape={'fsdp': 2, 'expert': 2, 'context': 2}"
+    nearest = "mesh.shape={'fsdp': 2, 'expert': 2, 'context': 2}"
+    refusal = f"a1jax: mesh fsdp 2 x expert 2 needs 4 devices, here are 8; nearest possible: {nearest}"
     for i, (_, out, err) in enumerate(ended):
         lines = [line for line in err.splitlines() if line.startswith("a1jax: ")]
         assert lines == [refusal], err[-2000:]
