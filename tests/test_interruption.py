@@ -63,7 +63,7 @@ def child(*words):
     return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, words)], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("stage", "after"), [("sft", 3), ("distill", 2)])
+@pytest.mark.parametrize(("stage", "after"), [pytest.param("sft", 3, marks=pytest.mark.slow), ("distill", 2)])
 def test_a_run_told_to_stop_saves_its_last_step_and_goes_on_bitwise(tmp_path, domain_tokenizer, stage, after):
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     process = child(stage, domain_tokenizer.path, "slow", cut)

@@ -133,8 +133,8 @@ def test_a_killed_process_ends_the_other_with_a_line_and_both_go_on(tmp_path, wh
     last = err.rstrip().splitlines()[-1]
     assert code == lost_process.LOST, err
     assert last.startswith("a1jax: process 1 of 2 was lost (silent for" if victim else "a1jax: process 0, the coordinator, was lost"), err
-    step = goes_on(tmp_path, whole)
-    assert step in (10, 15) and last.endswith(f"start the same command again on every host: sft goes on from step {step}")
+    step = goes_on(tmp_path, whole)  # 10, or under load one that was complete by then
+    assert step in range(5, 30, 5) and last.endswith(f"start the same command again on every host: sft goes on from step {step}")
 
 
 def test_both_stop_at_one_step_when_one_is_told_to(tmp_path, whole):

@@ -72,10 +72,8 @@ def test_a_checkpoint_of_eight_devices_goes_on_under_four_and_one(setting, data,
         here = under(shape)
         resumed, source = train_on(here, stage)
         assert source.get_state() == position
-        # Sums in another order: a gradient differs by about sqrt(n) 6e-8 of its size, n <= 8 x 160 tokens, so 2e-6. Adam divides by the
-        # gradient's own size, which leaves that for all entries but those near zero; those move by at most the rate: 1e-3 of the way
-        # gone in the norm is their share, measured 1e-5 or less.
+        # Sums in another order: a gradient differs by about sqrt(n) 6e-8 of its size, n <= 8 x 160 tokens, so 2e-6; Adam divides by the
+        # gradient's own size, which leaves that but for entries near zero. Ten times this of the way gone, in the norm; measured 2e-7.
         for name, a, b, before in zip(names, host(resumed), host(whole), host(here.init_params()), strict=True):
             moved = np.linalg.norm(b - before)
-            assert np.linalg.norm(a - b) <= 1e-3 * moved and moved > 0, (name, np.linalg.norm(a - b) / moved)
-            print(stage, name, np.linalg.norm(a - b) / moved)
+            assert np.linalg.norm(a - b) <= 2e-5 * moved and moved > 0, (name, np.linalg.norm(a - b) / moved)
