@@ -104,7 +104,8 @@ def listening() -> Iterator[None]:
     for end in (near, far):
         end.setblocking(end is near)
     woken = signal.set_wakeup_fd(far.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(near,), name="signals", daemon=True).start()
+    hearing = threading.Thread(target=_hear, args=(near,), name="signals", daemon=True)
+    hearing.start()
     _take(before)
     _told.listening = True
     try:
@@ -113,7 +114,8 @@ def listening() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's, and not to be had back
         signal.set_wakeup_fd(woken)
-        far.close()  # ends the thread
+        far.close()  # ends the thread, after what it has not read yet: that is not to be told of the next who listens
+        hearing.join()
         _told.number, _told.since, _told.thrown, _told.listening = 0, 0.0, False, False
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from . import coordination, interruption
+from .config import ConfigError
 
 LOST = 75  # exit code: a temporary failure, to be tried again (EX_TEMPFAIL of sysexits.h)
 SECONDS = 40  # heartbeat timeout to initialize jax.distributed with: the others have ended 45 s after a loss
@@ -122,7 +123,7 @@ def part(error: BaseException) -> None:
     A collective of gloo fails at once where a TPU's hangs: then it takes a few seconds until it is clear who is missing.
     """
     for each in _watches:
-        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        if isinstance(error, RuntimeError | ValueError) and not isinstance(error, ConfigError):  # a collective's error has been either
             until = time.monotonic() + SILENT + 3 * BEAT
             while not (why := each.missing()) and time.monotonic() < until:
                 time.sleep(BEAT / 4)

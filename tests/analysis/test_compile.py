@@ -68,7 +68,17 @@ def trials(file):
     base = ["compile", file, "--topology", "v5p:2x2x1"]
     names = {
         "sft": [*base, "--stage", "sft", "--json"],
-        "huge": [*base, "--stage", "sft", "--json", "--set", "sft.rows=512", "sft.max_length=16384", 'model.moe="dense"'],
+        "huge": [
+            *base,
+            "--stage",
+            "sft",
+            "--json",
+            "--set",
+            "sft.rows=512",
+            "sft.max_length=16384",
+            'model.moe="dense"',
+            'model.attention="chunked"',
+        ],
         "sweep": [*base, "--stage", "rollout", "--sweep", shapes, "--json"],
         "text": [*base, "--stage", "rollout"],
     }
