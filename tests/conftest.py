@@ -1,7 +1,11 @@
 """Eight CPU devices for every test, strict broadcasting, and where the shared data lies."""
 
+import importlib.util
+import json
 import os
 import pathlib
+import subprocess
+import sys
 
 # Tests compile much and run little: the compiler's cheapest level halves their time. It has to be set before jax is imported.
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -21,6 +25,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook(["a1jax.models", "a1jax.losses", "a1jax.kernels"], "beartype.beartype")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def compile_for_tpu():
+    """compile_for_tpu(script, *programs) -> the lines of JSON that a script below tests/ prints, one a program (words), in a process that
+    sees no device but the CPU. Skips where the TPU compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the TPU compiler: pip install libtpu")
+
+    def run(script, *programs):
+        words = [str(word) for program in programs for word in program]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        command, env = [sys.executable, str(ROOT / "tests" / script), *words], os.environ | {"PYTHONPATH": path}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
+        assert result.returncode == 0, result.stderr[-4000:]
+        lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        assert len(lines) == len(programs)
+        return lines
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,15 @@ def leaves(folder):
     return jax.tree.leaves(checkpoint.load_params(folder, checkpoint.stored_params(folder)))
 
 
-def test_signals_are_thrown_held_and_given_back():
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a foreground job: a shell's background jobs ignore it, and with them the tests they run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_thrown_held_and_given_back(ctrl_c):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(interruption.Interrupted, match="interrupted by SIGTERM: the same command goes on") as stop:
         with interruption.listening():
