@@ -139,7 +139,8 @@ def by_first(act: Callable[[], Any]) -> None:
 
 
 def _kind(error: Exception) -> str:
-    return "ConfigError" if isinstance(error, ConfigError) else type(error).__name__
+    name = type(error).__name__
+    return "ConfigError" if isinstance(error, ConfigError) or name == "DataError" else name  # both are the user's to mend
 
 
 def check_same(arrays: Any, what: str) -> None:

@@ -63,19 +63,22 @@ class Agreement:
 
     def _watch(self) -> None:
         store = self.store
-        while not self.told.wait(POLL):
-            for number in store.entries("stop").values():
-                self.ask(int(number))
-        store.put(f"stop/{store.process}", str(self.number))
-        with self.lock:
-            store.put(f"passed/{store.process}", str(self.points))
-            self.last = 1 + max(int(store.get(f"passed/{other}", 60)) for other in range(store.processes))
+        try:
+            while not self.told.wait(POLL):
+                for number in store.entries("stop").values():
+                    self.ask(int(number))
+            store.put(f"stop/{store.process}", str(self.number))
+            with self.lock:
+                store.put(f"passed/{store.process}", str(self.points))
+                self.last = 1 + max(int(store.get(f"passed/{other}", 60)) for other in range(store.processes))
+        except Exception:  # the coordinator or another process is gone, which lost_process tells
+            return
 
 
 @dataclasses.dataclass
 class _Told:
     """number: the first signal, 0 before it. since: when. thrown: it was. holding: it must not be thrown now. listening: signals are
-    taken."""
+    taken. agreement: of several processes."""
 
     number: int = 0
     since: float = 0.0
@@ -108,6 +111,9 @@ def listening() -> Iterator[None]:
     hearing.start()
     _take(before)
     _told.listening = True
+    store = coordination.store()
+    if store is not None and _told.agreement is None:  # once for the process: it also tells those who come to their end that all stop
+        _told.agreement = Agreement(store)
     try:
         yield
     finally:
@@ -122,9 +128,6 @@ def listening() -> Iterator[None]:
 @contextlib.contextmanager
 def holding() -> Iterator[None]:
     """Signals are not thrown within, but where ``abandonable`` says so: what is begun is finished. One that came is thrown at the end."""
-    store = coordination.store()
-    if _told.listening and _told.agreement is None and store is not None:
-        _told.agreement = Agreement(store)
     before, _told.holding = _told.holding, True
     try:
         yield

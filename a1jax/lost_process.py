@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 from . import coordination, interruption
 from .config import ConfigError
+from .data.errors import DataError
 
 LOST = 75  # exit code: a temporary failure, to be tried again (EX_TEMPFAIL of sysexits.h)
 SECONDS = 40  # heartbeat timeout to initialize jax.distributed with: the others have ended 45 s after a loss
@@ -123,7 +124,7 @@ def part(error: BaseException) -> None:
     A collective of gloo fails at once where a TPU's hangs: then it takes a few seconds until it is clear who is missing.
     """
     for each in _watches:
-        if isinstance(error, RuntimeError | ValueError) and not isinstance(error, ConfigError):  # a collective's error has been either
+        if _may_be_a_loss(error):
             until = time.monotonic() + SILENT + 3 * BEAT
             while not (why := each.missing()) and time.monotonic() < until:
                 time.sleep(BEAT / 4)
@@ -132,9 +133,16 @@ def part(error: BaseException) -> None:
         each.ending = True
         with contextlib.suppress(Exception):  # no coordinator, nobody to be told
             each.store.put(f"ended/{each.store.process}", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
-        if each.store.process == 0 and not interruption.is_told():
+        if each.store.process == 0 and not isinstance(error, interruption.Interrupted):
             sys.stderr.flush()
             time.sleep(LINGER)
+
+
+def _may_be_a_loss(error: BaseException | None) -> bool:
+    """A collective's error is a RuntimeError or a ValueError; one met while saving is the cause of a ConfigError."""
+    if isinstance(error, ConfigError | DataError):
+        return _may_be_a_loss(error.__cause__)
+    return isinstance(error, RuntimeError | ValueError)
 
 
 def _reachable(address: str) -> bool:

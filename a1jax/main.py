@@ -85,11 +85,11 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> int:
         provenance.start(workdir, entry)
 
     distributed.by_first(begin)
-    if not (workdir / "config.py").exists():
-        raise config.ConfigError(
-            f"{workdir}: this process does not see what process 0 wrote there; choose a --workdir that all hosts share"
-        )
     try:
+        if not (workdir / "config.py").exists():
+            raise config.ConfigError(
+                f"{workdir}: this process does not see what process 0 wrote there; give a --workdir that all hosts share"
+            )
         with interruption.listening(), contextlib.ExitStack() as quiet:
             if not distributed.is_first():
                 quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))

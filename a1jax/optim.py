@@ -96,33 +96,41 @@ def adamw(
     with master and stochastic); they are computed in float32, and rounded to nearest. offload: moments and masters lie in host memory.
     Raises ConfigError for a bfloat16 moment that decays too slowly for its 8 bits.
     """
+    narrow = precision == "plain" and any(s.dtype == "bfloat16" for s in jax.tree.leaves(specs))
     for name, stored, decay in (("first_moment", first_moment, b1), ("second_moment", second_moment, b2)):
-        if stored == "bfloat16" and 1.0 - decay <= 2.0**-8:  # half the largest distance between neighbours: rounding would undo it
+        if (
+            stored == "bfloat16" or (stored == "as_parameter" and narrow)
+        ) and 1.0 - decay <= 2.0**-8:  # half the largest distance between neighbours: rounding would undo it
             letter = {"first_moment": "b1", "second_moment": "b2"}[name]
             raise ConfigError(f"adamw {name} is bfloat16 with {letter} {decay}: it would never fall; use float32, or {letter} below 0.996")
     spared = jax.tree.map(lambda s: is_matrix(s) or "vocab" in s.axes, specs)
-    types = {name: None if x == "as_parameter" else x for name, x in (("mu", first_moment), ("nu", second_moment))}
     chained = optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=spared, mu_dtype=types["mu"]),
+        optax.adamw(1.0, b1, b2, weight_decay=weight_decay, mask=spared),
         scheduled(specs, steps, learning_rate, learning_rate, warmup, final),
     )
-    return rule(_second_moment_as(chained, types["nu"]), precision, offload)
+    return rule(_moments_as(chained, {"mu": first_moment, "nu": second_moment}), precision, offload)
 
 
-def _second_moment_as(tx: optax.GradientTransformation, dtype: str | None) -> optax.GradientTransformation:
-    """tx with Adam's second moment stored so. optax names a type for the first one only, but keeps the second in the type it begins in."""
-    if dtype is None:
-        return tx
+def _moments_as(tx: optax.GradientTransformation, stored: dict[str, Stored]) -> optax.GradientTransformation:
+    """tx with Adam's moments ("mu", "nu") stored so between updates, which see them in float32: in bfloat16 even the decay would be
+    rounded, 0.95 to 0.949, and 0.99 to 0.988."""
+    types = {name: dtype for name, dtype in stored.items() if dtype != "as_parameter"}
 
-    def adam(state: Any) -> bool:
+    def cast(state: Any, types: dict[str, str]) -> Any:
+        def adam(s: Any) -> Any:
+            return s._replace(**{name: optax.tree.cast(getattr(s, name), dtype) for name, dtype in types.items()}) if is_adam(s) else s
+
+        return jax.tree.map(adam, state, is_leaf=is_adam)
+
+    def is_adam(state: Any) -> bool:
         return isinstance(state, optax.ScaleByAdamState)
 
-    def init(params: Any) -> Any:
-        cast = lambda s: s._replace(nu=optax.tree.cast(s.nu, dtype)) if adam(s) else s  # noqa: E731
-        return jax.tree.map(cast, tx.init(params), is_leaf=adam)
+    def update(updates: Any, state: Any, params: Any = None):
+        updates, state = tx.update(updates, cast(state, dict.fromkeys(types, "float32")), params)
+        return updates, cast(state, types)
 
-    return optax.GradientTransformation(init, tx.update)
+    return optax.GradientTransformation(lambda params: cast(tx.init(params), types), update) if types else tx
 
 
 def muon(

@@ -176,11 +176,6 @@ def over_shards(
     return run(*(x for x, _ in arguments))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Where everything lies that is small and that every device and every process must have."""
-    return NamedSharding(mesh, P())
-
-
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch of so many the devices of this process hold, in order; all of them in one process. With ``context`` cut over
     processes several of them hold parts of the same row. Raises as partition_spec does."""

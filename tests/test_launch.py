@@ -21,7 +21,7 @@ def host(tmp_path):
     programs = {
         "a1jax": 'printf "%s\\0" "$@" >> $CALLS/a1jax; printf "\\n" >> $CALLS/a1jax; exit ${CODE:-0}',
         "gcloud": 'echo "$@" >> $CALLS/gcloud; for word in "$@"; do case $word in --command=*) eval "${word#--command=}";; esac; done',
-        "srun": 'echo "$1" >> $CALLS/srun; shift; exec "$@"',
+        "srun": 'echo "$1" >> $CALLS/srun; exec "$@"',
         "scontrol": 'echo "$@" >> $CALLS/scontrol',
         "sleep": "exit 0",
     }
@@ -61,7 +61,7 @@ def test_scripts_parse(script):
 def test_on_every_platform_it_is_the_same_command(host):
     """But for the folder of runs, and that a TPU VM's environment does not tell that there are several hosts."""
     (code, err, calls), found = host([LAUNCH / "slurm.sh"], SLURM_NNODES="4"), {}
-    assert code == 0 and calls["srun"] == "--kill-on-bad-exit=1\n" and "scontrol" not in calls, err
+    assert code == 0 and calls["srun"] == "a1jax\n" and "scontrol" not in calls, err
     found["slurm"] = understood(calls["a1jax"])
     container = pod()["template"]["spec"]["containers"][0]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}

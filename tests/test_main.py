@@ -140,7 +140,7 @@ def test_a_run_goes_on_under_another_mesh_and_its_config_says_which(here, capsys
 
     assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'fsdp': 8}"]) == 0
     assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'expert': 4}"]) == 0
-    assert shape() == {"fsdp": 8}  # it was finished: nothing was run on the other one
+    assert shape() == {"fsdp": 8}  # it was finished: its config keeps the mesh it ran on
     provenance.finish(pathlib.Path("w"), "interrupted")
     assert main.main(["run", "exp.py", "--workdir", "w", "--set", "mesh.shape={'expert': 4}"]) == 0
     assert shape() == {"expert": 4} and (here / "w/out.txt").read_text() == "3 0.5\n" * 3

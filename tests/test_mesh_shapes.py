@@ -1,6 +1,8 @@
 import dataclasses
+import importlib.util
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import pytest
 
 from a1jax import mesh_shapes
 from a1jax.config import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,8 @@ print("placed")
 """
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
 def test_described_chips_are_laid_along_their_wires():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", DESCRIBED], env=env, capture_output=True, text=True, timeout=240)
     assert "placed" in done.stdout, done.stderr[-2000:]

@@ -148,12 +148,12 @@ def test_a_save_that_fails_in_the_background_stops_the_run_in_one_line(tmp_path,
 
     class Patient(Counting):
         def next(self, state):
-            time.sleep(0.2 if self.position > 3 else 0)
+            time.sleep(0.5 if self.position > 3 else 0)
             return super().next(state)
 
     monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", full)
     source = Patient()
     with pytest.raises(ConfigError, match=r"could not be saved \(.*No space left on device.*goes on from step 2") as error:
         fit(tmp_path, source, steps=100, save_every=4)
-    assert "\n" not in str(error.value) and source.position < 8
+    assert "\n" not in str(error.value) and source.position <= 8  # the save of step 8 tells at the latest
     assert "Traceback" not in capfd.readouterr().err

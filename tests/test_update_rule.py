@@ -275,7 +275,7 @@ def test_micro_batches_add_up_in_float32(precision):
 
 
 def test_the_sum_of_gradients_is_cut_as_the_parameters():
-    """In the compiled step no device holds a whole gradient: 8 x 16 float32 appears only as its eighth."""
+    """In the compiled step no device holds a whole gradient: 256 x 384 float32 appears only as its eighth."""
     mesh = sharding.make_mesh(MESH)
     wide = {"w": params.ParamSpec((256, 384), ("embed", "heads"), params.normal(0.1), "bfloat16")}
     tx = optim.adamw(wide, 10, precision="master")

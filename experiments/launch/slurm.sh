@@ -26,9 +26,10 @@ RESTARTS=${RESTARTS:-20}
 # One process for all GPUs of a node: jax would otherwise hand out one GPU by the task's number on its node.
 export JAX_LOCAL_DEVICE_IDS=${JAX_LOCAL_DEVICE_IDS:-$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-8} - 1)))}
 
-# One process that fails takes the others with it; they go on together from the last checkpoint.
+# One process that fails ends the others, by itself (--kill-on-bad-exit would hide its exit code); they go on together from the last
+# checkpoint.
 code=0
-srun --kill-on-bad-exit=1 a1jax run "$EXPERIMENT" --workdir "$SHARED/$NAME" --set "mesh.shape=$MESH" || code=$?
+srun a1jax run "$EXPERIMENT" --workdir "$SHARED/$NAME" --set "mesh.shape=$MESH" || code=$?
 
 # Exit code 2 is a mistake in the command: starting again would make it again.
 if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then

@@ -6,7 +6,7 @@
 #     experiments/launch/tpu_vm.sh run        # starts or goes on with the run; output of all hosts, logs of process 0
 #     experiments/launch/tpu_vm.sh delete
 #
-# A host that fails ends the others within jax's heartbeat (100 s); all of them then start again and go on from the last checkpoint.
+# A host that fails ends the others after 40 s without a sign of life; all of them then start again and go on from the last checkpoint.
 set -euo pipefail
 
 PROJECT=${PROJECT:-my-project}
