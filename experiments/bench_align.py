@@ -16,7 +16,7 @@ V = 32,768: 0.41 s, dense 2.2 times and torch 2.0 times that (target 3 MISSED: h
 here; with coverage 1.6 and 1.5); extra memory 39 MiB against 546 and 484. V = 151,936 (an earlier run, commit 364d8c8, two other
 processes at times): 1.5 s, dense 4.8 and torch 3.4 times that; 39 MiB against 2,386 and 2,114. A Qwen3 student (151,669 ids) of a
 Mistral teacher (32,768), two-sided: 2.7 s, dense 3.3 and torch 2.4 times that; 194 MiB against 4,174 and 3,863. The other way round
-has not been measured; an H100 has, by experiments/bench_scale.py.
+has not been measured; of an H100 the search for the best units has, by experiments/bench_scale.py.
 """
 
 from __future__ import annotations

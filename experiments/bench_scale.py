@@ -28,11 +28,11 @@ default at that length. bfloat16 peak measured by 8192^3: 760 and 711 TFLOP/s. R
     distill   32,768  2.23           14,701           5.1 %                    32.3        127 s
     distill  131,072  14.1            9,281           5.0 %                    77.9        141 s
 
-A low share, and no length changes it: by the kernels' own times below, attention and experts are a small part of a step; the rest is
-the delta rule, in full float32 and chunk after chunk. Kernels, forward and backward at 8,192 tokens, milliseconds and largest error
-against float32: attention cuDNN 1.2 (whole run 3.0) 0.003, Triton 6.5 0.004, chunked 10.2 0.003; experts by Mosaic 1.41, blocked 1.95,
-ragged_dot 20.9, 0.005 each. kernels/vocab_align, k = 128 of 151,936 ids for 8,192 positions of width 1,024: dense 107 ms, blocked XLA 57,
-the Triton kernel 60; all but 1 in 87,000 units the same, values within 2e-6.
+A low share, and no length changes it: by the kernels' own times below, attention and experts are a small part of a step; most of the rest
+is likely the delta rule, in full float32 and chunk after chunk, which was not timed by itself. Kernels, forward and backward at 8,192
+tokens, milliseconds and largest error against float32: attention cuDNN 1.2 (whole run 3.0) 0.003, Triton 6.5 0.004, chunked 10.2 0.003;
+experts by Mosaic 1.41, blocked 1.95, ragged_dot 20.9, 0.005 each. kernels/vocab_align, k = 128 of 151,936 ids for 8,192 positions of
+width 1,024: dense 107 ms, blocked XLA 57, the Triton kernel 60; all but 1 in 87,000 units the same, values within 2e-6.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "experiments/launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
+FILE = "experiments/six_domains.py"
+
 
 @pytest.fixture()
 def host(tmp_path):
@@ -33,7 +35,7 @@ def host(tmp_path):
 
     def run(words, **environment):
         folders = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(tmp_path / "calls")}
-        env = {**folders, "SLURM_JOB_ID": "7", **environment}
+        env = {**folders, "SLURM_JOB_ID": "7", "EXPERIMENT": FILE, **environment}
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
         calls = {file.name: file.read_text() for file in (tmp_path / "calls").iterdir()}
         return done.returncode, done.stderr, calls
@@ -42,7 +44,7 @@ def host(tmp_path):
 
 
 def understood(call: str) -> dict:
-    """What a1jax makes of its words; the experiment and the mesh are real."""
+    """What a1jax makes of its words; the experiment is real, its sizes are not asked."""
     args = main._parser().parse_args(call.strip("\n").rstrip("\0").split("\0"))
     cfg = config.override(config.load(str(ROOT / args.file)), args.set)
     return {"file": args.file, "mesh": cfg.mesh.shape, "workdir": args.workdir, "coordinator": args.coordinator}
@@ -64,14 +66,14 @@ def test_on_every_platform_it_is_the_same_command(host):
     assert code == 0 and calls["srun"] == "a1jax\n" and "scontrol" not in calls, err
     found["slurm"] = understood(calls["a1jax"])
     container = pod()["template"]["spec"]["containers"][0]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    environment = {entry["name"]: entry["value"] for entry in container["env"]} | {"EXPERIMENT": FILE}
     code, err, calls = host([*container["command"], *container["args"]], **environment)
     assert code == 0, err
     found["gke"] = understood(calls["a1jax"].split("\n")[1])
     code, err, calls = host([LAUNCH / "tpu_vm.sh", "run"])
     assert code == 0 and "--worker=all" in calls["gcloud"], err
     found["tpu"] = understood(calls["a1jax"].split("\n")[2])
-    assert {one["file"] for one in found.values()} == {"experiments/six_domains.py"}
+    assert {one["file"] for one in found.values()} == {FILE}
     assert all(one["workdir"].endswith("runs/a1jax") for one in found.values())
     assert found["gke"]["mesh"] == found["tpu"]["mesh"] == {"data": 4, "fsdp": 16, "context": 2} and found["slurm"]["mesh"] == {"fsdp": 32}
     assert {name: one["coordinator"] for name, one in found.items()} == {"slurm": None, "gke": None, "tpu": "auto"}

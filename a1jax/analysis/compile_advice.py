@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import sharding
-from ..models.config import CHOICES
 from ..stages.pipeline import Experiment
 from ..stages.programs import Program, held_bytes
 
@@ -77,7 +76,7 @@ def _of_temporaries(
             yield grows * (1 - micro / more), _set(f"{path}.microbatches", more)
         if model.remat == "none":
             yield grows * (1 - 1 / model.num_blocks) * (1 - share.get("logits", 0.0)), _set("model.remat", "block")
-        if model.remat == "block" and "layer" in CHOICES["remat"]:
+        if model.remat == "block":
             yield temp * sum(share.get(k, 0.0) for k in ("experts", "delta", "attention")) * 0.5, _set("model.remat", "layer")
     block = getattr(settings, "vocab_block", 0)
     if block and share.get("logits"):

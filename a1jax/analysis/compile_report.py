@@ -52,11 +52,9 @@ def report(cfg: Experiment, topology: str, stages: tuple[str, ...]) -> dict[str,
 
 def place(shape: dict[str, int], devices: list) -> programs.Place:
     """The mesh of that shape over all of the devices. Raises ConfigError for one of another size."""
-    if not shape and len(devices) == 1:
-        return programs.Place(None, devices[0])
-    if not shape:
+    if not shape and len(devices) > 1:
         raise ConfigError(f"mesh.shape is empty, the topology has {len(devices)} devices: --set 'mesh.shape={{\"fsdp\": {len(devices)}}}'")
-    return programs.Place(make_mesh(shape, devices), devices[0])
+    return programs.Place(make_mesh(shape, devices), devices[0])  # of one device too: it says which platform's kernels are meant
 
 
 def measure(program: programs.Program, where: programs.Place, chip: chips.Chip, count: int, cfg: Experiment) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from a1jax.sharding import if_even, is_sharded, mesh_axes, over_shards, platform
 
 STAGES = 8  # pieces of a row whose queries share one length of keys
 KERNELS = {"tpu": "splash"}  # what attention="auto" is on a platform; "chunked" on all others
+FLASH = {"flash": "cudnn", "flash_triton": "triton"}  # attention -> the kernel of attention_gpu
 MASKED = -1e30  # not -inf: finite arithmetic everywhere, and exp of it is exactly 0
 
 
@@ -153,7 +154,12 @@ def attend_earlier(
 ) -> Float[Array, "B T HF"]:
     """Attention to earlier tokens of the same run, by the kernel that the configuration and the platform ask for; arguments as in
     causal_attention. Every kernel is one branch here."""
-    if chosen_kernel(cfg) == "splash":
+    kernel = chosen_kernel(cfg)
+    if kernel in FLASH:
+        if key_runs is not None or is_sharded():
+            raise ConfigError(f"attention '{kernel}' is for one GPU without a mesh: set model.attention = 'chunked'")
+        return flash_attention(q, k, v, runs, FLASH[kernel], cfg.flash_runs)
+    if kernel == "splash":
         return attention_tpu.splash_attention(q, k, v, runs, runs if key_runs is None else key_runs, first + jnp.arange(q.shape[1]))
     return causal_attention(q, k, v, runs, cfg.attention_chunk, key_runs, first)
 
@@ -199,11 +205,6 @@ def apply(
     cfg: ModelConfig,
 ) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
-    flash = {"flash": "cudnn", "flash_triton": "triton"}.get(cfg.attention)
-    if flash and is_sharded():
-        raise ConfigError(f"attention '{cfg.attention}' is for one GPU without a mesh: set attention = 'chunked'")
     q, k, v, gate = project(p, x, cos, sin, cfg)
-    if flash:
-        return output(p, flash_attention(q, k, v, runs, flash, cfg.flash_runs), gate)
     mixed = attention_sharded(q, k, v, runs, cfg) if is_sharded() else attend_earlier(q, k, v, runs, cfg)
     return output(p, mixed, gate)

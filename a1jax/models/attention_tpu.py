@@ -18,7 +18,7 @@ from a1jax.sharding import platform
 
 LANES = 128  # blocks are multiples of this
 BLOCK_Q, BLOCK_KV, BLOCK_COMPUTE = 1024, 1024, 512
-NAME = "attention"  # of the kernel's results (output, log of the sum) for checkpoint policies: kept, the forward kernel runs once
+NAME = "attention"  # of the kernel's output and log of the sum: a checkpoint policy that keeps them spares a second forward pass
 
 
 def splash_attention(

@@ -49,7 +49,7 @@ class ModelConfig:
     load_balance_coef: float = 1e-3  # weight of the load-balance loss in aux["loss"]; balanced routing has a loss of num_experts_active
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2) in aux["loss"]; holds the router logits small
     remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass; "layer": inputs of every
-    # mixer and mixture, four to sixteen times as many, but only one of them is computed again at a time: long rows on one device
+    # mixer and mixture, eight times as many in the reference pattern, but only one is computed again at a time: long rows on one device
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
     attention: str = "auto"  # full attention: "chunked" by XLA, "splash" by the TPU kernel; "auto": splash on TPU, chunked elsewhere
     # ... and on one NVIDIA GPU "flash" by cuDNN's kernel, "flash_triton" by Pallas'

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from a1jax.config import ConfigError
 
 ROWS, COLUMNS, DEPTH, STEPS = 128, 128, 64, 4  # tile of the result, slice of the sum, slices in flight: 4 * 32 + 32 KiB of shared memory
+TILES = {"block_m": ROWS, "block_n": COLUMNS, "block_k": DEPTH, "max_concurrent_steps": STEPS, "grid_block_n": 1}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -38,8 +39,7 @@ def _dot(x, w, sizes, kernels, transposed):
     for width in w.shape[1:]:
         if width % COLUMNS:
             raise ConfigError(f"moe 'grouped': an expert's matrix is {w.shape[1:]}: make d_model and expert_width multiples of {COLUMNS}")
-    tiles = {"block_m": ROWS, "block_n": COLUMNS, "block_k": DEPTH, "max_concurrent_steps": STEPS, "grid_block_n": 1}
-    return ragged_dot_mgpu.ragged_dot(x, w, group_sizes=sizes, transpose_rhs=transposed, **tiles)
+    return ragged_dot_mgpu.ragged_dot(x, w, group_sizes=sizes, transpose_rhs=transposed, **TILES)
 
 
 def _forward(x, w, sizes, kernels):
@@ -54,8 +54,7 @@ def _backward(kernels, residual, g):
         return dx, jax.lax.ragged_dot_general(x, g, sizes, shape).astype(w.dtype), None
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
-    tiles = {"block_m": ROWS, "block_n": COLUMNS, "block_k": DEPTH, "max_concurrent_steps": STEPS, "grid_block_n": 1}
-    return dx, transposed_ragged_dot_mgpu.transposed_ragged_dot(x, g, group_sizes=sizes, **tiles), None
+    return dx, transposed_ragged_dot_mgpu.transposed_ragged_dot(x, g, group_sizes=sizes, **TILES), None
 
 
 grouped_dot.defvjp(_forward, _backward)

@@ -105,6 +105,8 @@ def experts_sharded(
     them; an axis that cuts experts only (tensor) sums; one that cuts tokens only (data, context) has copies of the experts and adds up
     their gradients. Expert weights never move.
     """
+    if cfg.moe == "grouped":
+        raise ConfigError("moe 'grouped' is for one GPU without a mesh: set model.moe = 'ragged'")
     (b, t, d), e = x.shape, weights.shape[2]
     rows, columns, owners = mesh_axes("batch", b), mesh_axes("length", t), mesh_axes("experts", e)
     gathered = [(axis, dimension) for dimension, axes in ((0, rows), (1, columns)) for axis in axes if axis in owners]

@@ -2,7 +2,7 @@
 # Slurm: one process a node, the same command in all of them.
 #
 #     sbatch --nodes=4 experiments/launch/slurm.sh
-#     EXPERIMENT=experiments/six_domains.py sbatch --nodes=4 experiments/launch/slurm.sh
+#     EXPERIMENT=path/to/yours.py sbatch --nodes=4 experiments/launch/slurm.sh
 #
 #SBATCH --job-name=a1jax
 #SBATCH --nodes=2
@@ -17,7 +17,7 @@
 #SBATCH --signal=TERM@60
 set -euo pipefail
 
-EXPERIMENT=${EXPERIMENT:-experiments/six_domains.py}
+EXPERIMENT=${EXPERIMENT:?an experiment file whose sizes fit MESH}
 MESH=${MESH:-"{'fsdp': $((${SLURM_NNODES:-2} * 8))}"}   # its product is the number of GPUs
 SHARED=${SHARED:-$PWD/runs}                             # on a file system that all nodes see
 NAME=${NAME:-a1jax}

@@ -15,7 +15,7 @@ NAME=${NAME:-a1jax}
 TYPE=${TYPE:-v5p-256}                   # one slice; v5p counts cores, two a chip: 128 chips on 32 hosts
 SLICES=${SLICES:-1}                     # of that type; above 1 mesh.shape needs 'slice' with that size
 VERSION=${VERSION:-v2-alpha-tpuv5}      # the TPU VM's runtime
-EXPERIMENT=${EXPERIMENT:-experiments/six_domains.py}
+EXPERIMENT=${EXPERIMENT:-}             # needed to run: an experiment file whose sizes fit MESH
 MESH=${MESH:-"{'data': 4, 'fsdp': 16, 'context': 2}"}
 SHARED=${SHARED:-/mnt/runs}             # a folder that all hosts share
 RESTARTS=${RESTARTS:-20}
@@ -44,6 +44,7 @@ install)
     on_every_host "rm -rf a1jax && git clone --depth 1 $REPOSITORY a1jax && cd a1jax && python3 -m venv ~/venv && ~/venv/bin/pip install -q -e . 'jax[tpu]'"
     ;;
 run)
+    [ -n "$EXPERIMENT" ] || { echo "EXPERIMENT is empty: give an experiment file whose sizes fit MESH=$MESH" >&2; exit 2; }
     # Exit code 2 is a mistake in the command: starting again would make it again.
     on_every_host "cd a1jax && PATH=\$HOME/venv/bin:\$PATH
         for try in \$(seq 0 $RESTARTS); do

@@ -63,4 +63,4 @@ def test_refusals():
         attention_gpu.flash_attention(x, x, x, jnp.zeros((1, 8), jnp.int32), "cutlass")
     assert tiny(attention="flash_triton").attention == "flash_triton"
     with jax.set_mesh(sharding.make_mesh({"data": 8})), pytest.raises(ConfigError, match="one GPU without a mesh"):
-        attention.apply({}, jnp.zeros((8, 8, 64)), jnp.zeros((8, 8), jnp.int32), *[jnp.zeros((8, 8, 4))] * 2, tiny(attention="flash"))
+        attention.attend_earlier(x, x, x, jnp.zeros((1, 8), jnp.int32), tiny(attention="flash"))
