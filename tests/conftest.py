@@ -4,14 +4,20 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 # Tests compile much and run little: the compiler's cheapest level halves their time. It has to be set before jax is imported.
 CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # With libtpu installed, for compiling only, jax would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), CHEAP)))
+# Runs that are cut and go on, and commands in processes of their own, compile the same programs again: each worker keeps what took long for
+# itself and its children, until the tests end. Not one folder for all: jax writes these files in place, and another may be reading.
+CACHE = tempfile.mkdtemp(prefix="a1jax-tests-")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -25,6 +31,45 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook(["a1jax.models", "a1jax.losses", "a1jax.kernels"], "beartype.beartype")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+
+# Files are handed to the workers in this order, then the rest: one that takes minutes must not be the last to start.
+LONGEST = """
+stages/test_processes.py kernels/test_tpu_compiles.py stages/test_elastic.py stages/test_scoring.py stages/test_distill.py
+stages/test_pipeline.py test_interruption.py stages/test_mesh.py stages/test_sft.py test_lost_process.py models/test_parallel.py
+models/test_attention_compiles.py kernels/test_aligned.py models/test_parity.py stages/test_where_arrays_lie.py stages/test_real_runs.py
+stages/test_full.py align/test_whole.py stages/test_grpo.py stages/test_scoring_dense.py align/test_batch_targets.py
+""".split()
+
+# What `pytest -m quick` runs: a part of every room, files or single tests, without the packages that only the parity tests need.
+QUICK = """
+test_config.py test_params.py test_sharding.py test_train.py test_checkpoint.py test_metrics.py test_main.py
+models/test_layers.py models/test_transformer.py::test_remat_per_layer_changes_no_value
+losses/test_masked.py losses/test_sampled.py losses/test_cross_entropy.py losses/test_token_logp.py losses/test_advantages.py
+losses/test_grpo.py align/test_spans.py align/test_positions.py align/test_vocab_map.py align/test_target.py
+data/test_packing.py data/test_batches.py data/test_trajectories.py domains/test_domains.py domains/test_general.py domains/test_stopping.py
+rollout/test_turns.py rollout/test_rewards.py rollout/test_agent.py kernels/test_layout.py kernels/test_vocab_align.py
+""".split()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of the quick tests nothing else is imported."""
+    if config.option.markexpr == "quick" and collection_path.name.startswith("test_"):
+        file = collection_path.relative_to(TESTS).as_posix()
+        return None if any(name.partition("::")[0] == file for name in QUICK) else True
+
+
+def pytest_collection_modifyitems(items):
+    places = {file: place for place, file in enumerate(LONGEST)}
+    files = {item: item.path.relative_to(TESTS).as_posix() for item in items}
+    for item, file in files.items():
+        if item.get_closest_marker("slow") is None and (file in QUICK or f"{file}::{item.originalname}" in QUICK):
+            item.add_marker("quick")
+    items.sort(key=lambda item: places.get(files[item], len(places)))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -92,13 +92,13 @@ def test_ops_import_from_the_checkout_inside_and_outside(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def _ci(folder, readme):
+def _ci(folder, readme, **more):
     """Runs a copy of the script beside a README; what it printed, its exit status, and what is left of its environment."""
     for name in (".ci", "tmp"):
         (folder / name).mkdir()
     script = shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
     (folder / "README.md").write_text(readme)
-    env = {**os.environ, "TMPDIR": str(folder / "tmp"), "PIP_NO_INDEX": "1"}
+    env = {**os.environ, "TMPDIR": str(folder / "tmp"), "PIP_NO_INDEX": "1", **more}
     done = subprocess.run([script], capture_output=True, text=True, env=env, cwd="/")
     return done, list((folder / "tmp").iterdir())
 
@@ -106,6 +106,37 @@ def _ci(folder, readme):
 def test_ci_needs_the_line_of_the_readme(tmp_path):
     done, left = _ci(tmp_path, "pip install -e . && pytest\n")
     assert done.returncode == 1 and "no test line in README.md" in done.stderr and left == []
+
+
+FAKE = """#!/usr/bin/env bash
+# A Python whose environments are made of copies of itself, and which writes down what is asked of any of them.
+echo "$(basename "$0") $*" >> "$CALLS"
+if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin" && for name in python pip pytest ruff; do cp "$0" "$3/bin/$name"; done; fi
+[[ "$1 $2" != "-m pytest" ]] || exit ${QUICK:-0}
+"""
+
+
+@pytest.mark.parametrize(("found", "code"), [("", 0), ("1", 0), ("0", 0), ("0", 1)])
+def test_ci_runs_the_quick_tests_on_a_newer_python_where_there_is_one(tmp_path, found, code):
+    """``found``: the exit status of the python3.12 on PATH; where it only complains, pyenv's own folder is looked into."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    pyenv = tmp_path / "home/.pyenv/versions/3.12.9/bin"
+    for place, name, text in (
+        (folder, "python3", FAKE),
+        (folder, "python3.12", FAKE if found == "0" else "#!/bin/sh\nexit 1\n"),
+        (pyenv, "python3.12", FAKE if found == "1" else "#!/bin/sh\nexit 1\n"),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "CALLS": str(calls)}
+    done, left = _ci(tmp_path, 'pip install -e ".[test]" && pytest\n', **environment, PYTHON="python3", QUICK=str(code))
+    assert done.returncode == code and left == [], done.stderr
+    made = [line.split()[:5] for line in calls.read_text().splitlines() if "-c" not in line]
+    first = ["python3 -m venv", "pip install -e .[test]", "pytest", "ruff check"]
+    second = ["python3.12 -m venv", "python -m pip install --quiet", "python -m pytest -m quick"] if found else []
+    assert [" ".join(words[: len(want.split())]) for words, want in zip(made, first + second, strict=True)] == first + second
+    assert ("no python3.12" in done.stdout) == (not found)
 
 
 @pytest.mark.slow

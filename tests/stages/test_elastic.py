@@ -1,6 +1,7 @@
 """A checkpoint of one mesh under others: bitwise the same, and training goes on as it would have."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -48,11 +49,10 @@ def test_a_checkpoint_of_eight_devices_goes_on_under_four_and_one(setting, data,
         return following(self, state)
 
     monkeypatch.setattr(sft.Packed, "next", cut)
-    for stage in ("four", "one"):
-        states.clear()
-        with pytest.raises(Cut):
-            train_on(wide, stage)
+    with pytest.raises(Cut):
+        train_on(wide, "four")
     monkeypatch.undo()
+    shutil.copytree(wide.directory("four"), wide.directory("one"))
     for shape in SHAPES:
         here = under(shape)
         tx = CFG.optimizer(here.specs, CFG.steps)

@@ -30,6 +30,12 @@ CFG = DistillConfig(
 
 
 @pytest.fixture()
+def setting(setting):
+    """One layer of attention: what is tested here comes after it."""
+    return dataclasses.replace(setting, model=dataclasses.replace(setting.model, num_layers=1, full_attention_interval=1))
+
+
+@pytest.fixture()
 def runs(tokenizer, monkeypatch):
     """Experts' runs, two a domain, which every engine returns."""
     found = []

@@ -46,6 +46,12 @@ def shuffled(tokenizer, order):
     )
 
 
+@pytest.fixture()
+def setting(setting):
+    """One layer of attention: what is tested here comes after it."""
+    return dataclasses.replace(setting, model=dataclasses.replace(setting.model, num_layers=1, full_attention_interval=1))
+
+
 @pytest.fixture(scope="module")
 def order(tokenizer):
     return np.random.default_rng(0).permutation(tokenizer.vocab_size)

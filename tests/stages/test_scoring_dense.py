@@ -20,6 +20,12 @@ K, LENGTH, ROWS, THEIRS = 5, 192, 3, 140
 
 
 @pytest.fixture(scope="module")
+def small_model(small_model):
+    """One layer of attention: what is tested here comes after it."""
+    return dataclasses.replace(small_model, num_layers=1, full_attention_interval=1)
+
+
+@pytest.fixture(scope="module")
 def runs(foreign_runs):
     return foreign_runs
 
