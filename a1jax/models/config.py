@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from a1jax.config import ConfigError
 
 CHOICES = {
-    "remat": ("none", "block"),
+    "remat": ("none", "block", "layer"),
     "moe": ("dense", "ragged", "blocked"),
     "conv_init": ("normal", "uniform"),
     "decay_init": ("reference", "spread"),
