@@ -120,6 +120,13 @@ def is_sharded() -> bool:
     return jax.sharding.get_abstract_mesh().size > 1
 
 
+def platform() -> str:
+    """What the program that is being traced is meant for: "cpu", "gpu" or "tpu". The current mesh's devices tell, which are not this
+    machine's when a program is only compiled; without a mesh it is the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def activation_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> P:
     """partition_spec on the current mesh, where dimensions of size 1 stay whole."""
     axes = tuple(None if size == 1 else axis for size, axis in zip(shape, axes, strict=True))

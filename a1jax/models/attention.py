@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from a1jax.models import attention_tpu
 from a1jax.models.config import ModelConfig
 from a1jax.models.layers import linear, matrix, norm_weight, own_heads, rms_norm, rotate
 from a1jax.params import ParamSpec
-from a1jax.sharding import if_even, is_sharded, mesh_axes, over_shards
+from a1jax.sharding import if_even, is_sharded, mesh_axes, over_shards, platform
 
 STAGES = 8  # pieces of a row whose queries share one length of keys
+KERNELS = {"tpu": "splash"}  # what attention="auto" is on a platform; "chunked" on all others
 MASKED = -1e30  # not -inf: finite arithmetic everywhere, and exp of it is exactly 0
 
 
@@ -138,10 +140,31 @@ def causal_attention(
     return jnp.moveaxis(jnp.concatenate(out), 0, 1).reshape(q.shape[0], n * chunk, -1)[:, :t]
 
 
-def attention_sharded(
-    q: Float[Array, "B T H F"], k: Float[Array, "B T K F"], v: Float[Array, "B T K F"], runs: Int[Array, "B T"], chunk: int
+def attend_earlier(
+    q: Float[Array, "B T H F"],
+    k: Float[Array, "B S K F"],
+    v: Float[Array, "B S K F"],
+    runs: Int[Array, "B T"],
+    cfg: ModelConfig,
+    key_runs: Int[Array, "B S"] | None = None,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T HF"]:
-    """causal_attention over the mesh: rows over the data axes, query heads over tensor, queries over context.
+    """Attention to earlier tokens of the same run, by the kernel that the configuration and the platform ask for; arguments as in
+    causal_attention. Every kernel is one branch here."""
+    if chosen_kernel(cfg) == "splash":
+        return attention_tpu.splash_attention(q, k, v, runs, runs if key_runs is None else key_runs, first + jnp.arange(q.shape[1]))
+    return causal_attention(q, k, v, runs, cfg.attention_chunk, key_runs, first)
+
+
+def chosen_kernel(cfg: ModelConfig) -> str:
+    """cfg.attention, with "auto" decided for the platform that the program is traced for."""
+    return KERNELS.get(platform(), "chunked") if cfg.attention == "auto" else cfg.attention
+
+
+def attention_sharded(
+    q: Float[Array, "B T H F"], k: Float[Array, "B T K F"], v: Float[Array, "B T K F"], runs: Int[Array, "B T"], cfg: ModelConfig
+) -> Float[Array, "B T HF"]:
+    """attend_earlier over the mesh: rows over the data axes, query heads over tensor, queries over context.
 
     Keys, values and runs of the whole row are gathered over context: they are what the row has least of. Where tensor does not cut
     the key/value heads evenly, every device has all of them and picks those that its query heads read.
@@ -153,10 +176,12 @@ def attention_sharded(
         if kv_axis is None:
             k, v = (own_heads(x, q.shape[2], heads, "heads") for x in (k, v))
         if not context:
-            return causal_attention(q, k, v, runs, chunk)
-        first = jax.lax.axis_index(context) * q.shape[1]
+            return attend_earlier(q, k, v, runs, cfg)
         k, v, key_runs = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v, runs))
-        return causal_attention(q, k, v, runs, chunk, key_runs, first)
+        # A kernel that skips what a query cannot see gains by an even share of the pairs; chunks of the whole row never skip.
+        if chosen_kernel(cfg) == "splash" and q.shape[1] % 2 == 0:
+            return attention_tpu.over_context(q, k, v, runs, key_runs, context)
+        return attend_earlier(q, k, v, runs, cfg, key_runs, jax.lax.axis_index(context) * q.shape[1])
 
     tokens, kv = ("batch", "length"), ("batch", "length", kv_axis, None)
     arguments = [(q, (*tokens, "heads", None)), (k, kv), (v, kv), (runs, tokens)]
@@ -173,5 +198,5 @@ def apply(
 ) -> Float[Array, "B T D"]:
     """x [B, T, D], runs int32 [B, T], cos and sin [B, T, rotary_dim / 2] -> [B, T, D]."""
     q, k, v, gate = project(p, x, cos, sin, cfg)
-    run = attention_sharded if is_sharded() else causal_attention
-    return output(p, run(q, k, v, runs, cfg.attention_chunk), gate)
+    mixed = attention_sharded(q, k, v, runs, cfg) if is_sharded() else attend_earlier(q, k, v, runs, cfg)
+    return output(p, mixed, gate)

@@ -10,6 +10,7 @@ from a1jax.config import ConfigError
 
 CHOICES = {
     "remat": ("none", "block", "layer"),
+    "attention": ("auto", "chunked", "splash"),
     "moe": ("dense", "ragged", "blocked"),
     "conv_init": ("normal", "uniform"),
     "decay_init": ("reference", "spread"),
@@ -49,7 +50,8 @@ class ModelConfig:
     z_loss_coef: float = 0.0  # weight of mean(logsumexp(router logits)^2) in aux["loss"]; holds the router logits small
     remat: str = "none"  # "block": keep only block inputs and compute each block again in the backward pass
     delta_chunk: int = 64  # tokens per chunk of the delta rule, a power of two; 16 is best on CPU at short lengths
-    attention_chunk: int = 0  # query rows per step of full attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
+    attention: str = "auto"  # how full attention is computed: "chunked" by XLA, "splash" by the TPU kernel; "auto": splash on TPU
+    attention_chunk: int = 0  # query rows per step of chunked attention, bounds scores to [B, H, chunk, S]; 0: all rows at once
     moe: str = "ragged"  # "ragged": sort by expert, grouped matmul; on a CPU "dense", every expert on every token, below 16, else "blocked"
     compute_dtype: str = "bfloat16"  # of activations and matmuls; softmax, router, norms and recurrence stay float32
     param_dtype: str = "float32"  # of stored parameters and their gradients

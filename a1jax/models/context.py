@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float32, Int, Shaped
 
 Axes = tuple[str, ...]
 """Mesh axes that cut the length, as sharding.mesh_axes("length", T) gives them."""
@@ -40,3 +40,32 @@ def chain(
         return jnp.where(i > index if reverse else i < index, following, state), None
 
     return jax.lax.scan(step, jnp.zeros_like(gain), (jnp.arange(size), transfers, gains), reverse=reverse)[0]
+
+
+def balance(x: Shaped[Array, "B T *rest"], axes: Axes) -> Shaped[Array, "B T *rest"]:
+    """Of a row in 2 n pieces, where shard i of n holds pieces 2 i and 2 i + 1: pieces i and 2 n - 1 - i, the even one first, so that all
+    shards have as many tokens before their own. Half of every shard travels. T must be even; places: balanced_places."""
+    return _exchange(x, axes, lambda home, away: (home, away))
+
+
+def restore(x: Shaped[Array, "B T *rest"], axes: Axes) -> Shaped[Array, "B T *rest"]:
+    """The inverse of balance."""
+    return _exchange(x, axes, lambda home, away: (away, home))
+
+
+def _exchange(x, axes, direction):
+    size, half = jax.lax.axis_size(axes), x.shape[1] // 2
+
+    def move(part, parity):
+        pieces = range(parity, 2 * size, 2)  # two on one shard are of different parity, before and after: each parity is a permutation
+        return jax.lax.ppermute(part, axes, [direction(piece // 2, min(piece, 2 * size - 1 - piece)) for piece in pieces])
+
+    return jnp.concatenate([move(x[:, :half], 0), move(x[:, half:], 1)], axis=1)
+
+
+def balanced_places(t: int, axes: Axes) -> Int[Array, " T"]:
+    """int32 [T]: the places in the row of what balance gives to this shard."""
+    index, size = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
+    other = 2 * size - 1 - index
+    even, odd = jnp.where(index % 2 == 0, index, other), jnp.where(index % 2 == 0, other, index)
+    return jnp.concatenate([piece * (t // 2) + jnp.arange(t // 2) for piece in (even, odd)]).astype(jnp.int32)
