@@ -1,8 +1,9 @@
-"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax generate --domain D ...``,
-``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``, ``a1jax export RUN_DIR HF_DIR``,
-``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
+"""The command line: parse and dispatch. ``a1jax run FILE[:arg]``, ``a1jax compile FILE[:arg] --topology NAME``,
+``a1jax generate --domain D ...``, ``a1jax prepare SRC... --out DIR --tokenizer PATH``, ``a1jax import HF_DIR RUN_DIR``,
+``a1jax export RUN_DIR HF_DIR``, ``a1jax vocab-map STUDENT TEACHER -o FILE``, ``a1jax show RUN --task ID`` and ``a1jax report RUN...``.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback).
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted, 1 anything else (a traceback, or, of compile, a program
+that does not fit).
 Imports are inside the functions, so that ``--help`` does not wait for jax.
 """
 
@@ -137,7 +138,34 @@ def generate_runs(args: argparse.Namespace) -> int:
     return 0
 
 
+def compile_programs(args: argparse.Namespace) -> int:
+    """Compiles the programs of an experiment's stages for a topology of TPUs and prints what they take; 1 where one does not fit."""
+    import json
+
+    from a1jax.analysis import chips
+
+    chips.prepare_environment()
+    from a1jax import config
+    from a1jax.analysis import compile_report, compile_sweep, compile_text
+    from a1jax.stages.pipeline import Experiment
+    from a1jax.stages.programs import STAGES
+
+    cfg = config.override(config.load(args.file), args.set)
+    config.check(cfg)
+    if not isinstance(cfg, Experiment):
+        raise config.ConfigError(f"{args.file}: a {type(cfg).__name__}; compile needs an Experiment of three stages")
+    stages = (args.stage,) if args.stage else STAGES
+    if args.sweep is not None:
+        found = compile_sweep.sweep(cfg, args.topology, stages, args.sweep)
+        print(json.dumps(found) if args.json else compile_text.table(found["sweep"]))
+        return 0 if any(row.get("fits") for row in found["sweep"]) else 1
+    found = compile_report.report(cfg, args.topology, stages)
+    print(json.dumps(found) if args.json else compile_text.everything(found["programs"]))
+    return 0 if found["fits"] else 1
+
+
 COMMANDS = {
+    "compile": compile_programs,
     "generate": generate_runs,
     "prepare": prepare,
     "import": import_hf,
@@ -157,6 +185,21 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--workdir", metavar="DIR", help="where the run keeps everything (default: runs/<name of the experiment>)")
     each.add_argument(
         "--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value, e.g. sft.optimizer.learning_rate=1e-4"
+    )
+    each = commands.add_parser(
+        "compile", help="compile for TPUs that are not here", description="Compiles the programs of an experiment for a TPU topology."
+    )
+    each.add_argument("file", metavar="FILE[:arg]", help="an experiment of three stages")
+    each.add_argument("--topology", metavar="NAME", required=True, help="chip and shape, e.g. v5p:4x4x8 (128 chips), v6e:16x16")
+    each.add_argument("--stage", choices=("sft", "teacher", "distill", "rollout"), help="default: all of them")
+    each.add_argument("--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value of the experiment")
+    each.add_argument("--json", action="store_true", help="one JSON object")
+    each.add_argument(
+        "--sweep",
+        metavar="SHAPES",
+        nargs="?",
+        const="",
+        help="all sensible mesh shapes, or those of a JSON list; sorted by tokens/s a chip",
     )
     each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
     each.add_argument("--domain", metavar="D", required=True, help="search, ..., general; long_context, store, science_words")

@@ -193,3 +193,22 @@ def put_batch(batch: types.Batch, mesh: Mesh) -> types.Batch:
     """The batch on the mesh's devices. Raises ConfigError when rows or length cannot be cut evenly over the axes that cut them."""
     partition_spec(("batch", "length"), mesh, batch.tokens.shape)
     return jax.device_put(batch, batch_shardings(mesh, batch.routes is not None))
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh | None, device: jax.Device | None = None, routes: tuple[int, int] | None = None):
+    """A types.Batch of ShapeDtypeStructs as put_batch would place it, on ``mesh`` or, without one, on ``device``.
+
+    routes: (layers, active experts) of a batch that has some. Raises as put_batch."""
+    if mesh is None:
+        placed = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), types.Batch(*[0] * 6, 0 if routes else None))
+    else:
+        partition_spec(("batch", "length"), mesh, (rows, length))
+        placed = batch_shardings(mesh, routes is not None)
+    kinds = {"mask": jnp.float32, "routes": jnp.int16}
+
+    def of(name, sharding):
+        shape = (rows, length, *routes) if name == "routes" else (rows, length)
+        return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=sharding)
+
+    fields = ((field.name, getattr(placed, field.name)) for field in dataclasses.fields(types.Batch))
+    return types.Batch(**{name: of(name, sharding) for name, sharding in fields if sharding is not None})

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from . import checkpoint, metrics
 from .types import Metrics, Params, TrainState
@@ -76,7 +78,47 @@ def init_state(params: Params, tx: optax.GradientTransformation, seed: int) -> T
     Under a mesh the optimizer's state follows its parameters' shardings.
     """
     params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), jax.random.key(seed))
+    opt_state = jax.jit(tx.init, out_shardings=_places(params, tx))(params)
+    step, key = jnp.zeros((), jnp.int32), jax.random.key(seed)
+    if isinstance(whole := _everywhere(params), NamedSharding):  # where the step leaves them: else its second call would compile again
+        step, key = jax.device_put((step, key), whole)
+    return TrainState(step, params, opt_state, key)
+
+
+def abstract_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes, types and places of ``init_state``'s result, to compile a step for devices that are not here.
+
+    params: ShapeDtypeStructs with their shardings."""
+    whole, places = _everywhere(params), _places(params, tx)
+    shapes = jax.eval_shape(tx.init, params)
+    places = jax.tree.map(lambda _: whole, shapes) if places is None else places
+    opt_state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+    step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
+    step, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (step, key))
+    return TrainState(step, params, opt_state, key)
+
+
+def _places(params: Params, tx: optax.GradientTransformation) -> Any:
+    """A sharding for everything in the optimizer's state: that of the parameter it belongs to, by the end of its path and its shape; None
+    where there is one device and no choice."""
+    whole = _everywhere(params)
+    if not isinstance(whole, NamedSharding):
+        return None
+    owners = {tuple(map(str, path)): p for path, p in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def place(path: Any, leaf: Any) -> Any:
+        names = tuple(map(str, path))
+        found = (owners.get(names[start:]) for start in range(len(names)))
+        owner = next((p for p in found if p is not None and p.shape == leaf.shape), None)
+        return whole if owner is None else owner.sharding
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+
+
+def _everywhere(params: Params) -> Any:
+    """All devices of the parameters, each with the whole array."""
+    some = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(some.mesh, P()) if isinstance(some, NamedSharding) else some
 
 
 def fit(

@@ -17,7 +17,7 @@ from a1jax.models import attention, gated_delta, moe
 from a1jax.models.config import ModelConfig
 from a1jax.models.delta_rule import delta_rule
 from a1jax.models.layers import causal_conv, embed, linear, rms_norm, rotary_angles
-from a1jax.sharding import shards
+from a1jax.sharding import if_even, shards
 
 
 def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
@@ -32,6 +32,18 @@ def init_cache(cfg: ModelConfig, batch: int, max_length: int) -> dict:
         return {"window": jnp.zeros((batch, cfg.conv_width - 1, channels), cfg.dtype), "state": jnp.zeros(state, jnp.float32)}
 
     return {"position": jnp.zeros((batch,), jnp.int32), "layers": [layer(i) for i in range(cfg.num_layers)]}
+
+
+def cache_axes(cfg: ModelConfig, max_length: int) -> dict:
+    """The logical axes of init_cache's arrays on the current mesh: slots over the data axes, heads over tensor and the places of
+    attention over context where they divide."""
+    kv = ("batch", if_even("kv_heads", cfg.num_kv_heads), if_even("length", max_length), None)
+    state = ("batch", "linear_heads", None, None)
+
+    def layer(i):
+        return {"k": kv, "v": kv} if cfg.is_full_attention(i) else {"window": ("batch", None, "linear_qkv"), "state": state}
+
+    return {"position": ("batch",), "layers": [layer(i) for i in range(cfg.num_layers)]}
 
 
 def layer_params(params: dict, layer: int, cfg: ModelConfig) -> dict:

@@ -250,6 +250,17 @@ def rollout_metrics(rollouts: list[Rollout]) -> Metrics:
     return {**out, "rollout/mean_tokens": float(np.mean([len(r.tokens) for r in rollouts]))}
 
 
+def train_step(cfg: DistillConfig, model: ModelConfig, num_domains: int, tx: optax.GradientTransformation, members: Any = None) -> Callable:
+    """The jitted step(state, data, frozen) of this stage, its state donated; arguments as of ``loss``."""
+    weigh_fn = functools.partial(weigh, num_domains=num_domains, reduction=cfg.reduction)
+
+    def step(state: TrainState, data: Any, frozen: full.Frozen | None) -> tuple[TrainState, Metrics]:
+        loss_fn = functools.partial(loss, model=model, cfg=cfg, members=members, frozen=frozen)
+        return train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish)(state, data)
+
+    return jax.jit(step, donate_argnums=(0,))
+
+
 def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], setting: Setting, stage: str = "distill") -> Params:
     """Distil the teachers (domain -> Teacher) into the student ``params``. Resumable at every step.
 
@@ -275,13 +286,7 @@ def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], settin
         frozen = full.frozen([teachers[d] for d in setting.domains], cfg.vocab_block)
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
-        weigh_fn = functools.partial(weigh, num_domains=len(setting.domains), reduction=cfg.reduction)
-
-        def step(state: TrainState, data: Any, frozen: full.Frozen | None) -> tuple[TrainState, Metrics]:
-            loss_fn = functools.partial(loss, model=setting.model, cfg=cfg, members=members, frozen=frozen)
-            return train.make_train_step(loss_fn, tx, cfg.microbatches, weigh_fn, finish)(state, data)
-
-        compiled = jax.jit(step, donate_argnums=(0,))
+        compiled = train_step(cfg, setting.model, len(setting.domains), tx, members)
         return lambda state, data: compiled(state, data, frozen)  # an argument: a constant would be part of the program
 
     def make_source() -> OnPolicy:

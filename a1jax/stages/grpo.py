@@ -175,6 +175,17 @@ def jitted_step(
     return jax.jit(step, donate_argnums=(0,))
 
 
+def train_step(cfg: GrpoConfig, model: ModelConfig) -> Callable:
+    """The jitted update(state, data) of a stage with these settings. Equal programs share one, whatever the rates in the state."""
+    program = optim.program(cfg.optimizer, cfg.steps * cfg.updates)
+    return jitted_step(model, cfg.objective, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches, program)
+
+
+def logp_step(cfg: GrpoConfig, model: ModelConfig) -> Callable:
+    """The jitted logp(params, batch) of a stage with these settings, see ``jitted_logp``."""
+    return jitted_logp(model, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches)
+
+
 @functools.lru_cache(maxsize=8)
 def jitted_logp(model: ModelConfig, block: int, temperature: float, microbatches: int) -> Callable:
     """logp(params, batch) -> float32 [B, T], the log-probability of every target; row slices one after the other, as in the update."""
@@ -198,7 +209,7 @@ class Scorer:
 
     def __init__(self, cfg: GrpoConfig, model: ModelConfig, reference: Params):
         self.objective, self.reference = cfg.objective, reference
-        self.logp = jitted_logp(model, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches)
+        self.logp = logp_step(cfg, model)
 
     def __call__(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
         out = {}
@@ -216,9 +227,8 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
     """
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
-        del tx  # equal programs share one compiled step, whatever the rates in tx's state
-        program = optim.program(cfg.optimizer, cfg.steps * cfg.updates)
-        step = jitted_step(setting.model, cfg.objective, cfg.vocab_block, cfg.limits.temperature, cfg.microbatches, program)
+        del tx
+        step = train_step(cfg, setting.model)
 
         def updates(state: TrainState, data: Any) -> tuple[TrainState, Metrics]:
             if data is None:  # no group had anything to teach: not even the optimizer's momentum moves

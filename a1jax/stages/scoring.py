@@ -159,6 +159,13 @@ def _jit(form, **static):
     return jax.jit(functools.partial(form, **static))
 
 
+def score_step(model: ModelConfig, k: int, block: int, sampled: bool, everything: bool):
+    """The jitted score(teacher's parameters, batch) -> Scores of a teacher of the student's tokenizer, by the mode of the loss."""
+    if sampled:
+        return _jit(written, model=model, block=block)
+    return _jit(full.native, model=model) if everything else _jit(native, model=model, k=k, block=block)
+
+
 class Scorer:
     """One teacher, ready to score batches. fold: the number of its map among those of ``members``, see ``make_scorers``."""
 
@@ -184,12 +191,9 @@ class Scorer:
         """(the batch, its mask without positions that have no target; scores; shares). batch: ``placed.batch`` where it lies."""
         if self.teacher.vocab_map is not None:
             return self._aligned(placed, batch)
-        if self.sampled:
-            return batch, _jit(written, model=self.teacher.model, block=self.block)(self.teacher.params, batch), {}
-        if self.everything:
-            return batch, _jit(full.native, model=self.teacher.model)(self.teacher.params, batch), {}
-        scores = _jit(native, model=self.teacher.model, k=self.k, block=self.block)(self.teacher.params, batch)
-        if self.foreign:  # another domain's teacher brings one more place
+        step = score_step(self.teacher.model, self.k, self.block, self.sampled, self.everything)
+        scores = step(self.teacher.params, batch)
+        if self.foreign and not (self.sampled or self.everything):  # another domain's teacher brings one more place
             shift = self.fold * self.teacher.model.vocab_size
             scores["support"] = jnp.pad(scores["support"] + shift, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
             scores["teacher_logits"] = jnp.pad(scores["teacher_logits"], ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)

@@ -157,6 +157,12 @@ def jitted_step(
     return jax.jit(train.make_train_step(loss_fn, tx, microbatches, weigh_fn, finish), donate_argnums=(0,))
 
 
+def train_step(cfg: SftConfig, model: ModelConfig, num_domains: int) -> Callable:
+    """The jitted step(state, batch) of a stage with these settings. Equal programs share one, whatever the rates in the state."""
+    program = optim.program(cfg.optimizer, cfg.steps)
+    return jitted_step(model, num_domains, cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
+
+
 def run(
     cfg: SftConfig,
     params: Params,
@@ -169,8 +175,7 @@ def run(
     """Train on the batches of ``source``, starting from ``params``; resumable; returns the new parameters. probe: see train.fit."""
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
-        del tx  # equal programs share one compiled step, whatever the rates in tx's state
-        program = optim.program(cfg.optimizer, cfg.steps)
-        return jitted_step(setting.model, len(setting.domains), cfg.reduction, cfg.vocab_block, cfg.loss_tile, cfg.microbatches, program)
+        del tx
+        return train_step(cfg, setting.model, len(setting.domains))
 
     return train_stage(setting, cfg, params, stage, make_step, lambda: source, probe=probe, probe_every=probe_every)

@@ -1,0 +1,267 @@
+"""The jitted programs that a stage runs, with abstract arguments: what `a1jax compile` compiles. They are the stages' own functions.
+
+Nothing here makes an array: parameters, state, batches and caches are shapes with the places they would have on the mesh. Where a domain's
+teacher is a checkpoint whose folder is not here, it is taken to be of the student's architecture; every teacher is taken to have the
+student's tokenizer, because aligning others is the host's work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from .. import params as param_specs
+from .. import sharding, train
+from ..config import ConfigError
+from ..models import decode, flops, transformer
+from ..models.config import ModelConfig
+from ..rollout import sampler
+from ..rollout.agent import Limits
+from . import distill, folders, grpo, scoring, sft, teacher
+from .pipeline import Experiment
+
+STAGES = ("sft", "teacher", "distill", "rollout")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """fn: a jitted function; args: its arguments, abstract. tokens: places that one call reads; cost: per token of them.
+
+    beside: what else the stage keeps on the devices meanwhile, name -> abstract arrays. settings: the field of the experiment that the
+    sizes come from, as ``--set`` names it."""
+
+    stage: str
+    name: str
+    fn: Callable
+    args: Sequence[Any]
+    tokens: int
+    cost: flops.Flops
+    settings: str
+    beside: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where programs run: a mesh, or one device without a mesh."""
+
+    mesh: Mesh | None
+    device: Any
+
+    def on(self):
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+    def put(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        """An abstract array with these logical axes. Raises ConfigError where the mesh does not cut it evenly."""
+        if self.mesh is None:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(self.device))
+        placed = NamedSharding(self.mesh, sharding.partition_spec(axes, self.mesh, shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def like(self, tree: Any, *axes: str | None) -> Any:
+        """The tree of shapes with these logical axes in front and whole behind them."""
+        return jax.tree.map(lambda x: self.put(x.shape, x.dtype, (*axes, *[None] * (len(x.shape) - len(axes)))), tree)
+
+    def params(self, model: ModelConfig) -> Any:
+        """The parameters' shapes where they lie. Raises ConfigError, naming the parameter, where the mesh does not cut it evenly."""
+        specs = transformer.specs(model)
+        shapes = param_specs.abstract(specs)
+        if self.mesh is None:
+            placed = jax.tree.map(lambda _: SingleDeviceSharding(self.device), shapes)
+        else:
+            placed = param_specs.shardings(specs, self.mesh)
+        return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+    def state(self, model: ModelConfig, optimizer: Callable, steps: int) -> Any:
+        return train.abstract_state(self.params(model), optimizer(transformer.specs(model), steps))
+
+    def batch(self, rows: int, length: int, routes: tuple[int, int] | None = None) -> Any:
+        return sharding.abstract_batch(rows, length, self.mesh, self.device, routes)
+
+
+def of_stage(cfg: Experiment, stage: str, place: Place) -> list[Program]:
+    """The programs of one of STAGES, different ones only. Raises ConfigError for sizes that the mesh cannot cut."""
+    if stage not in STAGES:
+        raise ConfigError(f"stage '{stage}' is unknown: choose {', '.join(STAGES)}")
+    with place.on():
+        found: dict[Any, Program] = {}
+        for program in {"sft": _sft, "teacher": _teacher, "distill": _distill, "rollout": _rollout}[stage](cfg, place):
+            leaves = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(program.args))
+            found.setdefault((program.fn, leaves), program)
+        return list(found.values())
+
+
+def _routes(replay: bool, model: ModelConfig) -> tuple[int, int] | None:
+    return (model.num_layers, model.num_experts_active) if replay else None
+
+
+def _again(block: int, model: ModelConfig) -> float:
+    """Logits that a loss in blocks of the vocabulary makes a second time."""
+    return 1.0 if block < model.vocab_size else 0.0
+
+
+def _supervised(cfg: sft.SftConfig, model: ModelConfig, domains: int, place: Place, *names: str) -> Program:
+    """The train step of ``sft.run``, which copies the parameters it starts from: the caller keeps them."""
+    stage, name, settings = names
+    args = (place.state(model, cfg.optimizer, cfg.steps), place.batch(cfg.rows, cfg.max_length))
+    cost = flops.training(model, cfg.max_length, head_again=_again(cfg.vocab_block, model))
+    beside = {"the parameters it began with": place.params(model)}
+    return Program(stage, name, sft.train_step(cfg, model, domains), args, cfg.rows * cfg.max_length, cost, settings, beside)
+
+
+def _sft(cfg: Experiment, place: Place) -> Iterator[Program]:
+    yield _supervised(cfg.sft, cfg.model, len(cfg.domains), place, "sft", "train_step", "sft")
+
+
+def _teacher(cfg: Experiment, place: Place) -> Iterator[Program]:
+    for domain, settings in cfg.teachers.items():
+        for i, phase in enumerate(settings.recipe):
+            path, name = f"teachers.{domain}.recipe.{i}", f"{domain}/{i + 1}"
+            if isinstance(phase, teacher.SftPhase):
+                yield _supervised(phase.sft, cfg.model, len(cfg.domains), place, "teacher", f"{name}_sft", f"{path}.sft")
+            else:
+                yield from _reinforced(phase, cfg.model, place, name, path)
+
+
+def _reinforced(cfg: grpo.GrpoConfig, model: ModelConfig, place: Place, name: str, path: str) -> Iterator[Program]:
+    """The update of ``grpo.run``, and the pass that scores the frozen reference (or the model itself) where its objective wants one."""
+    batch = place.batch(cfg.rows, cfg.max_length, _routes(cfg.replay_routes, model))
+    kept = ["advantages", "rollout_logp"] + ["ref_logp"] * bool(cfg.objective.kl_coefficient)
+    kept += ["old_logp"] * (cfg.objective.old == "recomputed")
+    data = {"batch": batch, **{n: dataclasses.replace(batch).mask for n in kept}}
+    state, first = place.state(model, cfg.optimizer, cfg.steps * cfg.updates), place.params(model)
+    tokens, length = cfg.rows * cfg.max_length, cfg.limits.max_length
+    cost = flops.training(model, length, head_again=_again(cfg.vocab_block, model))
+    beside = {"the frozen reference, which it began with": first}
+    yield Program("teacher", f"{name}_grpo", grpo.train_step(cfg, model), (state, data), tokens, cost, path, beside)
+    scored = flops.forward(model, length)
+    if cfg.objective.kl_coefficient:
+        args = (first, batch.replace(routes=None))
+        yield Program("teacher", f"{name}_reference", grpo.logp_step(cfg, model), args, tokens, scored, path, {"the state": state})
+    if cfg.objective.old == "recomputed":
+        beside = {"the state": (state.opt_state, first)}
+        yield Program("teacher", f"{name}_own", grpo.logp_step(cfg, model), (first, batch), tokens, scored, path, beside)
+
+
+def _teachers(cfg: Experiment) -> dict[str, ModelConfig]:
+    """Domain -> architecture of its teacher."""
+    out = {}
+    for domain in cfg.domains:
+        folder = pathlib.Path(cfg.checkpoints[domain].params) if domain in cfg.checkpoints else None
+        out[domain] = folders.read_model(folder)[0] if folder and folder.is_dir() else cfg.model
+    return out
+
+
+def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
+    """Scoring by each architecture of teacher, and the train step on all domains' rows; all teachers stay on the devices."""
+    own, model, models = cfg.distill, cfg.model, _teachers(cfg)
+    everything, held = own.mode == "full", {f"the teacher of {d}": place.params(m) for d, m in models.items()}
+    state, first = place.state(model, own.optimizer, own.steps), {"the parameters it began with": place.params(model)}
+    batch, scores = place.batch(own.rows, own.max_length, _routes(own.replay_routes, model)), {}
+    for domain, m in models.items():
+        fn = scoring.score_step(m, own.k, own.vocab_block, own.mode == "sampled", everything)
+        args = (held[f"the teacher of {domain}"], batch)
+        scores[domain] = jax.eval_shape(fn, *args)
+        others = {n: p for n, p in held.items() if n != f"the teacher of {domain}"}
+        cost = flops.forward(m, own.limits.max_length, 0.0 if everything else 1.0)
+        beside = {"the state": state, **others, **first}
+        yield Program("distill", f"score/{domain}", fn, args, own.rows * own.max_length, cost, "distill", beside)
+    rows = own.rows * len(models)
+    data: dict[str, Any] = {"batch": place.batch(rows, own.max_length, _routes(own.replay_routes, model))}
+    frozen = None
+    if everything:
+        data["full"] = [place.like(scores[d], "batch", "length") for d in models]
+        frozen = [{"unembed": transformer.unembed(held[f"the teacher of {d}"], m)} for d, m in models.items()]
+    else:
+        some = next(iter(scores.values()))
+        joined = {n: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for n, x in some.items()}
+        data |= place.like(joined, "batch", "length")
+    if own.coverage_every > 1:
+        data["measured"] = place.put((rows,), jnp.bool_, (None,))
+    tx = own.optimizer(transformer.specs(model), own.steps)
+    fn = distill.train_step(own, model, len(models), tx)
+    cost = flops.training(model, own.limits.max_length, *_heads(own, model))
+    yield Program("distill", "train_step", fn, (state, data, frozen), rows * own.max_length, cost, "distill", held | first)
+
+
+def _heads(cfg: distill.DistillConfig, model: ModelConfig) -> tuple[float, float, float]:
+    """What the loss makes of the output matrix: see ``flops.training``. mode salient reads k rows of it, and all where it measures."""
+    again = _again(cfg.vocab_block, model)
+    if cfg.mode == "salient" and not cfg.tail_below:
+        some = cfg.k / model.vocab_size
+        return some + (1 / cfg.coverage_every if cfg.coverage_every else 0.0), 2 * some, 0.0
+    if cfg.mode == "full":  # both sides' logits
+        return 2.0, 2.0, 2 * again
+    return 1.0, 2.0, again
+
+
+def _rollout(cfg: Experiment, place: Place) -> Iterator[Program]:
+    """Decoding as every stage that samples does it: distillation, each phase of GRPO, evaluation."""
+    model = cfg.model
+    own: dict[str, tuple[Limits, Any]] = {"distill": (cfg.distill.limits, (cfg.distill.optimizer, cfg.distill.steps))}
+    for domain, settings in cfg.teachers.items():
+        for i, phase in enumerate(settings.recipe):
+            if isinstance(phase, grpo.GrpoConfig):
+                path = f"teachers.{domain}.recipe.{i}"
+                own[path] = (phase.limits, (phase.optimizer, phase.steps * phase.updates))
+    own["evaluation"] = (cfg.limits, None)
+    for path, (limits, optimizer) in own.items():
+        beside = {}
+        if optimizer is not None:
+            beside = {
+                "the optimizer's state": place.state(model, *optimizer).opt_state,
+                "the parameters it began with": place.params(model),
+            }
+        if path == "distill":
+            beside |= {f"the teacher of {d}": place.params(m) for d, m in _teachers(cfg).items()}
+        settings = "limits" if path == "evaluation" else f"{path}.limits"
+        yield from _decoding(limits, model, place, path, settings, beside)
+
+
+def abstract_slots(limits: Limits, model: ModelConfig, place: Place) -> Any:
+    """``sampler.open_slots`` where it lies: slots over the data axes, see ``decode.cache_axes``."""
+    cache, newest = jax.eval_shape(lambda: sampler.open_slots(model, limits.slots, limits.max_length))
+    axes = decode.cache_axes(model, limits.max_length)
+    placed = [place.put(x.shape, x.dtype, a) for x, a in zip(jax.tree.leaves(cache), _leaves(axes), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(cache), placed), place.like(newest)
+
+
+def _leaves(axes: Any) -> list[tuple]:
+    return jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _decoding(limits: Limits, model: ModelConfig, place: Place, name: str, settings: str, beside: dict) -> Iterator[Program]:
+    """One token for every slot, and, where known tokens are fed in pieces, a piece for an eighth of the slots."""
+    params, slots = place.params(model), abstract_slots(limits, model, place)
+
+    def host(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return place.put(shape, dtype, (None,) * len(shape))
+
+    options, b = (limits.temperature, limits.record_routes), limits.slots
+    flags = [host(b, dtype=jnp.bool_)] * 2
+    step = (params, slots, host(b), *flags, host(b, dtype=jnp.float32))
+    cost = flops.decoding(model, limits.max_length)
+    yield Program("rollout", f"decode/{name}", sampler.make_advance(model, *options), step, b, cost, settings, beside)
+    if limits.feed_tokens > 1:
+        r, c = max(1, b // 8), limits.feed_tokens
+        fed = (params, slots, host(r), host(r, c), host(r), host(r, dtype=jnp.bool_), host(r, dtype=jnp.float32))
+        cost = dataclasses.replace(flops.decoding(model, limits.max_length), exact=flops.delta_chunked(model))
+        yield Program("rollout", f"prefill/{name}", sampler.make_feed(model, *options), fed, r * c, cost, settings, beside)
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of abstract arrays, those in the host's memory left out."""
+    return sum(_part(x) for x in jax.tree.leaves(tree) if getattr(x.sharding, "memory_kind", None) not in ("pinned_host", "unpinned_host"))
+
+
+def _part(x: Any) -> int:
+    kind = x.dtype
+    width = 8 if jnp.issubdtype(kind, jax.dtypes.prng_key) else kind.itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * width
