@@ -98,19 +98,26 @@ def apply_block(
 ) -> tuple[Float[Array, "B T D"], dict]:
     """One block of cfg.block_layers layers: x [B, T, D] -> (x, router statistics, [block_layers, ...] each)."""
     statistics = []
+
+    def again(part, weights, norm, x):
+        """The part on the normed stream; with remat "layer" only the stream is kept for its gradient."""
+        run = lambda weights, norm, x: part(weights, rms_norm(x, norm, cfg.norm_eps))  # noqa: E731
+        return (jax.checkpoint(run) if cfg.remat == "layer" else run)(weights, norm, x)
+
     for j in range(cfg.block_layers):
         layer = p[str(j)]
         with jax.named_scope(f"layer{j}"):
-            h = rms_norm(x, layer["input_layernorm"], cfg.norm_eps)
             if cfg.is_full_attention(j):
                 with jax.named_scope("attention"):
-                    x = x + attention.apply(layer["self_attn"], h, runs, cos, sin, cfg)
+                    x = x + again(lambda p, h: attention.apply(p, h, runs, cos, sin, cfg), layer["self_attn"], layer["input_layernorm"], x)
             else:
                 with jax.named_scope("gated_delta"):
-                    x = x + gated_delta.apply(layer["linear_attn"], h, runs, cfg)
+                    x = x + again(lambda p, h: gated_delta.apply(p, h, runs, cfg), layer["linear_attn"], layer["input_layernorm"], x)
             with jax.named_scope("moe"):
-                h = rms_norm(x, layer["post_attention_layernorm"], cfg.norm_eps)
-                h, aux = moe.apply(layer["mlp"], h, valid, cfg, None if routes is None else routes[j])
+                replay = None if routes is None else routes[j]
+                h, aux = again(
+                    lambda p, h, replay=replay: moe.apply(p, h, valid, cfg, replay), layer["mlp"], layer["post_attention_layernorm"], x
+                )
             x = constrain(x + h, "batch", "length", "hidden")
         statistics.append(aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
