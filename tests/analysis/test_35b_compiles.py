@@ -72,7 +72,7 @@ def test_the_whole_step_with_four_layers(compile_for_tpu, topology):
     assert experts_that_moved(said) == [] and tokens_gathered(said, 8192) == []
     assert [shape for shape in said["arrays"] if shape[-1] == V and len(shape) > 1] == []
     sent = [n for kind, n in said["of_experts"] if kind == "all-to-all"]
-    assert len(sent) == 4 * 10  # four layers: forward, forward again (3 each) and backward (4)
+    assert len(sent) == 4 * 7  # four layers, forward (3) and backward (4): what is computed again stops before the experts
 
 
 @pytest.mark.slow
