@@ -112,7 +112,7 @@ def test_the_sft_step(trials, file):
     assert found["hbm_bytes"] == int(95.73 * 2**30)
 
     kinds = {(c["kind"], c["axes"]) for c in found["collectives"]}
-    assert {axes for _, axes in kinds} <= {"fsdp", "expert", "fsdp+expert"} and {"all-gather", "reduce-scatter"} <= {k for k, _ in kinds}
+    assert {axes for _, axes in kinds} <= {"fsdp", "expert", "fsdp+expert"} and {"all-gather", "all-to-all"} <= {k for k, _ in kinds}
     assert found["unknown_loops"] == 2 and found["compiler"]["flops"] > 0  # rounds of the exchange, forward and backward
     estimate = found["estimate"]
     assert estimate["step_seconds"] == max(estimate[f"{n}_seconds"] for n in ("compute", "hbm", "ici")) > 0
