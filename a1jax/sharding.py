@@ -44,10 +44,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "norm": (),
     "tap": (),
     "single": (),
-    # Experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights. They are copied over
-    # slice, data and context: cutting them over context too (models.moe would do it) saves memory of weights, but then every device
-    # receives the tokens of all shards of a row, and the room for pairs of token and expert grows with them.
-    "experts": ("expert", "fsdp", "tensor"),
+    # Experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights. Every axis that cuts
+    # tokens but data cuts them, as with "embed": tokens travel to their experts, see models.exchange.
+    "experts": ("expert", "fsdp", "context", "tensor"),
     "expert_in": (),
     "expert_out": (),
 }

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +76,16 @@ def test_every_product_of_axes_is_legal_for_a_model_whose_sizes_divide():
     for mesh in meshes:
         placed = params.shardings(specs, mesh)
         assert not any("slice" in str(place.spec) for place in jax.tree.leaves(placed))  # nothing of a parameter crosses between pods
-        owners = mesh.shape["expert"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
+        owners = math.prod(mesh.shape[name] for name in ("expert", "fsdp", "context", "tensor"))
         down = placed["blocks"]["0"]["mlp"]["experts"]["down_proj"].shard_shape((1, 8, 64, 64))
-        assert down == (1, 8 // owners, 64, 64)  # whole experts, copied over data and context only
+        assert down == (1, 8 // owners, 64, 64)  # whole experts, copied over slice and data only
         for axes in activations:
             sharding.partition_spec(axes, mesh, (64,) * len(axes))
 
 
 def test_experts_that_do_not_divide_are_refused_by_name():
-    message = (
-        "^parameter blocks/0/mlp/experts/down_proj: axis 'experts' of size 6 cannot be cut over expert = 4: change the mesh or the size$"
-    )
+    cut = "axis 'experts' of size 6 cannot be cut over expert x context = 8"
+    message = f"^parameter blocks/0/mlp/experts/down_proj: {cut}: change the mesh or the size$"
     with pytest.raises(ConfigError, match=message):
         params.shardings(transformer.specs(tiny(num_experts=6)), sharding.make_mesh({"expert": 4, "context": 2}))
 

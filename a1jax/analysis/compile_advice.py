@@ -133,7 +133,6 @@ def _of_mesh(cfg: Experiment, program: Program, settings: Any, found: dict[str, 
 
     for source, target, saved in (
         ("data", "fsdp", held / 2),  # data copies every parameter
-        ("context", "expert", _experts(program) / 2),  # context copies the experts
         ("fsdp", "context", 0.0 if getattr(settings, "microbatches", 1) == 1 and rows else found["temp_bytes"] / 8),
     ):
         text = moved(source, target)
@@ -145,11 +144,3 @@ def _of_mesh(cfg: Experiment, program: Program, settings: Any, found: dict[str, 
         yield found["temp_bytes"] * (1 - fewer / rows) * 0.9, _set(f"{program.settings}.rows", fewer)
     elif getattr(settings, "max_length", 0) > 1 and rows:
         yield found["temp_bytes"] * 0.45, _set(f"{program.settings}.max_length", settings.max_length // 2)
-
-
-def _experts(program: Program) -> float:
-    """Bytes of the experts among the arguments."""
-    import jax
-
-    leaves = jax.tree_util.tree_flatten_with_path(tuple(program.args))[0]
-    return sum(held_bytes(x) for path, x in leaves if "experts" in jax.tree_util.keystr(path))

@@ -20,7 +20,7 @@ from ..stages.pipeline import Experiment
 from ..stages.setting import MeshConfig
 from . import chips, compile_report
 
-AXES = ("fsdp", "expert", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def shapes(text: str, devices: int, cfg: Experiment) -> list[dict[str, int]]:
@@ -42,16 +42,16 @@ def shapes(text: str, devices: int, cfg: Experiment) -> list[dict[str, int]]:
 
 def sensible(devices: int, cfg: Experiment) -> list[dict[str, int]]:
     """Every way to write the number of devices as fsdp x expert x context x tensor, with tensor at most the number of key/value heads
-    (beyond it keys and values are copied) or 2, and the experts, which fsdp, expert and tensor cut, cut evenly."""
+    (beyond it keys and values are copied) or 2. These axes cut the experts; where there are too few, data takes the least that is left."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    data = next(n for n in divisors if cfg.model.num_experts % (devices // n) == 0)
     out = []
     for expert, context, tensor in itertools.product(divisors, divisors, divisors):
-        rest = expert * context * tensor
+        rest = data * expert * context * tensor
         if devices % rest or tensor > max(2, cfg.model.num_kv_heads):
             continue
-        shape = dict(zip(AXES, (devices // rest, expert, context, tensor), strict=True))
-        if cfg.model.num_experts % (shape["fsdp"] * expert * tensor) == 0:
-            out.append({name: n for name, n in shape.items() if n > 1})
+        shape = dict(zip(AXES, (data, devices // rest, expert, context, tensor), strict=True))
+        out.append({name: n for name, n in shape.items() if n > 1})
     return out
 
 

@@ -39,7 +39,7 @@ class ModelConfig:
     linear_key_head_dim: int = 128  # rows of one recurrent state
     linear_value_head_dim: int = 128  # columns of one recurrent state
     conv_width: int = 4  # taps of the causal convolution before the delta rule: the token itself and width - 1 before it
-    num_experts: int = 256  # routed experts per layer; a multiple of expert x fsdp x tensor of the mesh
+    num_experts: int = 256  # routed experts per layer; a multiple of expert x fsdp x context x tensor of the mesh: devices own whole ones
     num_experts_active: int = 8  # routed experts per token
     expert_width: int = 512  # hidden width of one routed expert
     shared_expert_width: int = 512  # hidden width of the expert every token uses, behind a sigmoid gate

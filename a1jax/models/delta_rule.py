@@ -151,55 +151,92 @@ def play(chunks: Chunks, state: Float32[Array, "B H DK DV"]) -> tuple[Float32[Ar
     return jax.lax.scan(step, state, chunks)
 
 
+Inputs = tuple[jax.Array, ...]
+"""q, k, v, g, beta, runs: what prepare() takes in front; perhaps a gradient g before them."""
+
+
+def span_of(t: int, chunk: int) -> tuple[int, int]:
+    """(spans in a row of T tokens, chunks' tokens in each): about SPAN tokens; a row of two is one."""
+    n = -(-t // max(SPAN, chunk))
+    n = 1 if n <= 2 else n
+    return n, -(-t // (n * chunk)) * chunk
+
+
+def spans(inputs: Inputs, chunk: int) -> Inputs:
+    """[B, T, ...] -> [n, B, span, ...] each, padded as prepare() pads."""
+    (b, t), (n, span) = inputs[-1].shape, span_of(inputs[-1].shape[1], chunk)
+
+    def split(x, mode="constant"):
+        x = jnp.pad(x, ((0, 0), (0, n * span - t)) + ((0, 0),) * (x.ndim - 2), mode=mode)
+        return jnp.moveaxis(x.reshape(b, n, span, *x.shape[2:]), 1, 0)
+
+    return (*map(split, inputs[:-1]), split(inputs[-1], "edge"))
+
+
 @exactly
-def effect(chunks: Chunks) -> tuple[Float32[Array, "B H DK DK"], Float32[Array, "B H DK DV"]]:
-    """What all the chunks do to the state, S -> transfer @ S + gain, in one pass: they play for the identity and for zero side by side."""
-    dk = chunks.erased.shape[-1]
-    both = jnp.zeros((*chunks.kept.shape[1:4], dk + chunks.written.shape[-1]), jnp.float32)
-    both = both.at[..., :dk].set(jnp.eye(dk)[None, None])
+def effect(inputs: Inputs, open_run: Int[Array, " B"], chunk: int) -> tuple[Float32[Array, "B H DK DK"], Float32[Array, "B H DK DV"]]:
+    """What all the tokens do to the state, S -> transfer @ S + gain, in one pass: they play for the identity and for zero side by side."""
+    (b, _, heads, dv), dk = inputs[2].shape, inputs[1].shape[-1]
+    both = jnp.zeros((b, heads, dk, dk + dv), jnp.float32).at[..., :dk].set(jnp.eye(dk)[None, None])
 
     def step(both, c: Chunks):
         new = jnp.pad(c.written, ((0, 0), (0, 0), (0, 0), (dk, 0))) - c.erased @ both
         return c.carried * both + c.kept @ new, None
 
-    both, _ = jax.lax.scan(step, both, chunks)
+    def span(carry, xs):
+        both, open_run = carry
+        return (jax.lax.scan(step, both, prepare(*xs, chunk, open_run))[0], xs[-1][:, -1]), None
+
+    both = jax.lax.scan(span, (both, open_run), spans(inputs, chunk))[0][0]
     return both[..., :dk], both[..., dk:]
 
 
 @exactly
-def effect_backward(chunks: Chunks, g: Float32[Array, "N B H C DV"]) -> Float32[Array, "B H DK DV"]:
-    """Gradient by the state before the chunks, for the gradient g of their outputs and none of the state behind them."""
+def effect_backward(inputs: Inputs, open_run: Int[Array, " B"], chunk: int, g: Float32[Array, "B T H DV"]) -> Float32[Array, "B H DK DV"]:
+    """Gradient by the state before the tokens, for the gradient g of their outputs and none of the state behind them."""
+    (b, _, heads, dv), dk = g.shape, inputs[1].shape[-1]
 
     def step(state, xs):
         c, g = xs
         new = jnp.swapaxes(c.kept, -1, -2) @ state + jnp.swapaxes(c.within, -1, -2) @ g
         return c.carried * state + jnp.swapaxes(c.read, -1, -2) @ g - jnp.swapaxes(c.erased, -1, -2) @ new, None
 
-    start = jnp.zeros((*chunks.kept.shape[1:4], g.shape[-1]), jnp.float32)
-    return jax.lax.scan(step, start, (chunks, g), reverse=True)[0]
+    def span(state, xs):
+        (g, *rest), before = xs
+        g = jnp.moveaxis(g.reshape(b, -1, chunk, heads, dv), (1, 3), (0, 2))
+        return jax.lax.scan(step, state, (prepare(*rest, chunk, before), g), reverse=True)[0], None
+
+    xs = spans((g, *inputs), chunk)
+    before = jnp.concatenate([open_run[None], xs[-1][:-1, :, -1]])
+    return jax.lax.scan(span, jnp.zeros((b, heads, dk, dv), jnp.float32), (xs, before), reverse=True)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def play_across(chunks: Chunks, context: Axes) -> Float32[Array, "N B H C DV"]:
-    """Outputs of this shard's chunks, played from the state that the shards before it leave.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def play_across(inputs: Inputs, open_run: Int[Array, " B"], chunk: int, context: Axes) -> Float32[Array, "B T H DV"]:
+    """Outputs of this shard's tokens, played from the state that the shards before it leave.
 
     A shard is an affine map of the state, and the gradient goes back through the same maps transposed. So both directions take a short
     pass for the map, exchange maps, and then run as on one device; autodiff would keep a [DK, DK + DV] state for every chunk.
     """
-    return _across_forward(chunks, context)[0]
+    return _across_forward(inputs, open_run, chunk, context)[0]
 
 
-def _across_forward(chunks, context):
-    transfer, gain = effect(chunks)
-    (_, out), pull = jax.vjp(play, chunks, chain(transfer, gain, context))
-    return out, (chunks, transfer, pull)
+def _across_forward(inputs, open_run, chunk, context):
+    transfer, gain = effect(inputs, open_run, chunk)
+    *arrays, runs = inputs
+
+    def from_state(arrays, state):
+        return delta_rule(*arrays, runs, chunk, state, open_run)
+
+    (out, _), pull = jax.vjp(from_state, arrays, chain(transfer, gain, context))
+    return out, (inputs, open_run, transfer, pull)
 
 
-def _across_backward(context, residual, g):
-    chunks, transfer, pull = residual
-    gain = effect_backward(chunks, g)
+def _across_backward(chunk, context, residual, g):
+    inputs, open_run, transfer, pull = residual
+    gain = effect_backward(inputs, open_run, chunk, g)
     behind = chain(jnp.swapaxes(transfer, -1, -2), gain, context, reverse=True)
-    return (pull((behind, g))[0],)
+    return (*pull((g, behind))[0], None), None  # the gradient of the state before is in the other shards' gain already
 
 
 play_across.defvjp(_across_forward, _across_backward)
@@ -232,22 +269,17 @@ def delta_rule(
     (b, t, heads, _), dk = v.shape, k.shape[-1]
     state = jnp.zeros((b, heads, dk, v.shape[-1]), jnp.float32) if state is None else state
     open_run = jnp.full((b,), -2, jnp.int32) if open_run is None else open_run
-    n = -(-t // max(SPAN, chunk))
-    if n <= 2:
+    n, span = span_of(t, chunk)
+    if n == 1:
         state, out = play(prepare(q, k, v, g, beta, runs, chunk, open_run), state)
         return join(out, t), state
-    span = -(-t // (n * chunk)) * chunk
-
-    def spans(x, mode="constant"):  # [B, T, ...] -> [n, B, span, ...], padded as prepare() pads
-        x = jnp.pad(x, ((0, 0), (0, n * span - t)) + ((0, 0),) * (x.ndim - 2), mode=mode)
-        return jnp.moveaxis(x.reshape(b, n, span, *x.shape[2:]), 1, 0)
 
     def step(carry, xs):
         state, open_run = carry
         state, out = play(prepare(*xs, chunk, open_run), state)
         return (state, xs[-1][:, -1]), join(out, span)
 
-    xs = (*map(spans, (q, k, v, g, beta)), spans(runs, "edge"))
+    xs = spans((q, k, v, g, beta, runs), chunk)
     (state, _), out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (state, open_run), xs)
     return jnp.moveaxis(out, 0, 1).reshape(b, n * span, heads, -1)[:, :t], state
 
@@ -264,4 +296,4 @@ def delta_rule_across(
 ) -> Float32[Array, "B T H DV"]:
     """delta_rule of whole rows, inside sharding.over_shards: every argument is this shard's part, and so is the result."""
     open_run = shift(runs[:, -1], 1, context)  # 0 before the first shard, perhaps its own run: the state is zero there
-    return join(play_across(prepare(q, k, v, g, beta, runs, chunk, open_run), context), v.shape[1])
+    return play_across((q, k, v, g, beta, runs), open_run, chunk, context)

@@ -1,10 +1,13 @@
 """Mixture of experts: float32 router, top-k of the softmax renormalised, a shared expert behind a sigmoid gate.
 
-No token is dropped, whatever the imbalance. Under a mesh every device owns whole experts, gathers the tokens of its group, computes
-those pairs of token and expert that are its own, and the sum goes back to where each token came from: see experts_sharded.
+No token is dropped, whatever the imbalance, and under a mesh no expert ever moves. Every device owns whole experts; with moe "ragged"
+every pair of token and expert travels to its owner and back (exchange.py), with the forms for CPUs all tokens of a group are gathered
+where their experts are (experts_gathered).
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from a1jax.config import ConfigError
+from a1jax.models import exchange
 from a1jax.models.config import ModelConfig
 from a1jax.models.experts import experts_local
 from a1jax.models.layers import linear, matrix, silu, weight_init
 from a1jax.params import ParamSpec
-from a1jax.sharding import activation_spec, is_sharded, mesh_axes
+from a1jax.sharding import activation_spec, is_sharded, mesh_axes, over_shards
 
 TOKENS, EXPERTS = ("batch", "length", "hidden"), ("experts", "expert_in", "expert_out")
 
@@ -92,7 +96,7 @@ def check_routes(routes: np.ndarray, cfg: ModelConfig) -> None:
         raise ConfigError(f"recorded routes have {row}: give {shape[1]} different experts below {cfg.num_experts}, or -1 for no record")
 
 
-def experts_sharded(
+def experts_gathered(
     x: Float[Array, "B T D"],
     weights: Float32[Array, "B T E"],
     gate_up: Float[Array, "E D F2"],
@@ -135,6 +139,38 @@ def experts_sharded(
     return jax.shard_map(local, in_specs=(tokens, tokens, experts, experts), out_specs=tokens)(x, weights, gate_up, down)
 
 
+def experts_exchanged(
+    x: Float[Array, "B T D"],
+    weights: Float32[Array, "B T E"],
+    gate_up: Float[Array, "E D F2"],
+    down: Float[Array, "E F D"],
+    cfg: ModelConfig,
+) -> Float[Array, "B T D"]:
+    """experts_gathered by exchange.exchange. Along axes that cut both tokens and experts pairs travel; an axis that cuts experts only
+    (tensor) sums; one that cuts tokens only (data) has copies of the experts and adds up their gradients."""
+    (b, t, d), e, active = x.shape, weights.shape[2], cfg.num_experts_active
+    owners, cut = mesh_axes("experts", e), (*mesh_axes("batch", b), *mesh_axes("length", t))
+    axes, summed = tuple(a for a in owners if a in cut), tuple(a for a in owners if a not in cut)
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {axis: mesh.shape[axis] for axis in owners}
+    rank, part = exchange.places(sizes, axes, e)
+    devices, here = math.prod(sizes[a] for a in axes), e // math.prod(sizes.values())
+
+    def local(x, weights, gate_up, down):
+        flat = x.reshape(-1, d)
+        weight, expert = jax.lax.top_k(weights.reshape(-1, e), active)
+        weight, expert = weight.reshape(-1), expert.reshape(-1)
+        mine = weight > 0
+        if summed:
+            mine = mine & (jnp.asarray(part)[expert] == jax.lax.axis_index(summed))
+        room = exchange.room_for(flat.shape[0], devices, active, here)
+        pairs = exchange.group(jnp.where(mine, jnp.asarray(rank)[expert], devices), expert % here, devices, room, mesh.axis_names)
+        y = exchange.exchange(flat, weight, gate_up, down, pairs, room, axes).reshape(x.shape)
+        return jax.lax.psum(y, summed) if summed else y
+
+    return over_shards(local, [(x, TOKENS), (weights, TOKENS), (gate_up, EXPERTS), (down, EXPERTS)], (b, t, d), TOKENS)
+
+
 def apply(
     p: dict,
     x: Float[Array, "B T D"],
@@ -157,8 +193,8 @@ def apply(
         if record:
             aux["routes"] = routes_of(weights, valid, cfg.num_experts_active)
     with jax.named_scope("experts"):
-        run = experts_sharded if is_sharded() else experts_local
-        out = run(x, weights, p["experts"]["gate_up_proj"], p["experts"]["down_proj"], cfg)
+        sharded = experts_exchanged if cfg.moe == "ragged" else experts_gathered
+        out = (sharded if is_sharded() else experts_local)(x, weights, p["experts"]["gate_up_proj"], p["experts"]["down_proj"], cfg)
     with jax.named_scope("shared_expert"):
         shared = p["shared_expert"]
         h = linear(silu(linear(x, shared["gate_proj"])) * linear(x, shared["up_proj"]), shared["down_proj"])

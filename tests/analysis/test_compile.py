@@ -112,8 +112,8 @@ def test_the_sft_step(trials, file):
     assert found["hbm_bytes"] == int(95.73 * 2**30)
 
     kinds = {(c["kind"], c["axes"]) for c in found["collectives"]}
-    assert {axes for _, axes in kinds} <= {"fsdp", "expert", "fsdp+expert"} and {"all-gather", "reduce-scatter"} <= {k for k, _ in kinds}
-    assert found["unknown_loops"] == 0 and found["compiler"]["flops"] > 0
+    assert {axes for _, axes in kinds} <= {"fsdp", "expert", "fsdp+expert"} and {"all-gather", "all-to-all"} <= {k for k, _ in kinds}
+    assert found["unknown_loops"] == 2 and found["compiler"]["flops"] > 0  # rounds of the exchange, forward and backward
     estimate = found["estimate"]
     assert estimate["step_seconds"] == max(estimate[f"{n}_seconds"] for n in ("compute", "hbm", "ici")) > 0
     assert estimate["tokens_per_second"] == pytest.approx(8 * 128 / estimate["step_seconds"])
@@ -203,7 +203,7 @@ def test_sensible_shapes(file):
     assert all(math.prod(shape.values()) == 4 and shape.get("tensor", 1) <= 2 for shape in found)
     assert len({json.dumps(s, sort_keys=True) for s in found}) == len(found)
     many = compile_sweep.sensible(32, cfg)
-    assert many and all(8 % math.prod(n for name, n in s.items() if name != "context") == 0 for s in many)
+    assert many and all(math.prod(s.values()) == 32 and s["data"] == 4 for s in many)  # ... of which 4 x 8 have an expert each
 
 
 def test_an_estimate_is_its_slowest_part():

@@ -176,7 +176,7 @@ def one_device(free, rows, untied):
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
-        ({"context": 8}, {"remat": "block"}),
+        ({"context": 8}, {"remat": "layer", "moe": "ragged"}),
         ({"context": 2, "expert": 2, "fsdp": 2}, {"moe": "ragged"}),
         pytest.param({"context": 4, "tensor": 2}, {"moe": "ragged", "attention_chunk": 3}, marks=SLOW),
         pytest.param({"data": 2, "context": 2, "tensor": 2}, {"remat": "block", "attention_chunk": 8}, marks=SLOW),

@@ -61,6 +61,12 @@ CASES = [
         "model.num_experts (parameter blocks/0/mlp/experts/down_proj) = 4 cannot be cut over expert 4 x fsdp 2 = 8",
         {"data": 2, "fsdp": 2, "expert": 2},
     ),
+    (
+        {"fsdp": 2, "context": 4},
+        ("model.num_experts=4",),
+        "model.num_experts (parameter blocks/0/mlp/experts/down_proj) = 4 cannot be cut over fsdp 2 x context 4 = 8",
+        {"data": 2, "fsdp": 2, "context": 2},
+    ),
     ({"tensor": 4}, ("model.num_heads=6",), "model.num_heads = 6 cannot be cut over tensor 4", {"data": 2, "tensor": 2}),
     (
         {"tensor": 4},

@@ -54,7 +54,7 @@ def parameters(setting, model=None):
         assert experts == P(None, ("fsdp", "tensor"), None, None) and gate == P(None, "fsdp", None)
         assert places["embed_tokens"].spec == P("tensor", "fsdp")
     else:
-        assert experts == P(None, "expert", None, None) and gate == P(None, ("expert", "context"), None)
+        assert experts == P(None, ("expert", "context"), None, None) and gate == P(None, ("expert", "context"), None)
     return places
 
 

@@ -1,0 +1,146 @@
+"""The paper's three stages for Qwen3.5-35B-A3B at 131,072 tokens, on a TPU pod (arXiv 2606.30616).
+
+    a1jax compile experiments/agents_a1_35b.py:v5p-256 --topology v5p:4x4x8 --stage sft          # no chip and no weights are needed
+    a1jax compile experiments/agents_a1_35b.py:v6e-256 --topology v6e:16x16 --stage sft
+    a1jax import models/Qwen3.5-35B-A3B models/qwen3_5_35b_a3b && a1jax run experiments/agents_a1_35b.py:v5p-256   # on every host
+    a1jax run experiments/agents_a1_35b.py:smoke        # all stages, small, on a CPU
+
+Batch, length, rates, clip range, coefficients, groups, budgets and temperature are the paper's. It does not give the size of
+micro-batches, the steps of the teachers, and of stage 3 no k, rate, batch nor steps: those are ours. Its ~100K trajectories of 45K tokens
+are 2,146 steps of 16 x 131,072; the expert runs here are those of the embedded domains.
+
+Mesh. 16 rows are cut over fsdp 16, and each row over the rest of the chips as context: 16,384 tokens a chip on v5p-256 (128 chips), 8,192
+on v6e-256 (256 chips). All weights are cut over all chips: 2 experts of a layer lie on a chip of the former, 1 on one of the latter.
+Micro-batches of 16 rows in the stages whose batches are larger.
+
+Six frozen teachers stay on the chips, none is swapped: they are cut over all chips as the student is, 34.66e9 x 4 bytes / 128 = 1.08 GB of
+float32 each on v5p-256, 6.5 GB together of 95; swapping would move those bytes from disk or host at every step to save memory that nothing
+else needs.
+"""
+
+import dataclasses
+
+from a1jax import optim
+from a1jax.analysis import report
+from a1jax.config import ConfigError, bind
+from a1jax.domains import DOMAINS
+from a1jax.models import config as models
+from a1jax.rollout.agent import Limits
+from a1jax.stages import recipes
+from a1jax.stages.distill import DistillConfig
+from a1jax.stages.evaluate import Evaluation
+from a1jax.stages.experts import Prompts, Runs
+from a1jax.stages.grpo import GrpoConfig, Objective
+from a1jax.stages.pipeline import Experiment, TokenizerConfig
+from a1jax.stages.setting import MeshConfig
+from a1jax.stages.sft import SftConfig
+from a1jax.stages.teacher import TeacherConfig
+
+MESHES = {"v5p-256": {"fsdp": 16, "context": 8}, "v6e-256": {"fsdp": 16, "context": 16}}
+LENGTH = 131_072
+NAMES = ("search", "engineering", "science", "instruction_following", "tool_calling", "general")
+EXPERTS, PROMPTS = Runs({1: 2000, 2: 2000, 3: 2000, 4: 2000}), (Prompts((1, 2, 3, 4)),)
+
+
+def get_config(arg: str = "") -> Experiment:
+    """arg: "v5p-256" (128 chips, also where there is none), "v6e-256" (256 chips) or "smoke"."""
+    if arg not in ("", "smoke", *MESHES):
+        raise ConfigError(f"agents_a1_35b has no argument '{arg}'; there are 'v5p-256', 'v6e-256' and 'smoke'")
+    sft = SftConfig(steps=2146, rows=16, max_length=LENGTH, optimizer=bind(optim.adamw), save_every=200)
+    # 300 tool calls, 4,096 tokens a response, 131,072 a run
+    limits = Limits(
+        slots=256, max_turns=300, max_turn_tokens=4096, max_length=LENGTH, temperature=1.0, feed_tokens=2048, workers=64, show_tools=True
+    )
+    cfg = Experiment(
+        name="agents_a1_35b",
+        main=bind(report.run),
+        model=models.qwen3_5_35b_a3b(remat="layer"),
+        tokenizer=TokenizerConfig(path="models/Qwen3.5-35B-A3B/tokenizer.json"),
+        domains=NAMES,
+        families={d: DOMAINS[d] for d in NAMES},
+        runs=dict.fromkeys(NAMES, EXPERTS),
+        sft=sft,
+        teachers=teachers(dataclasses.replace(sft, steps=300), limits),
+        distill=DistillConfig(
+            steps=300,
+            prompts=32,
+            lengths=(1, 2, 3, 4),
+            rows=16,
+            max_length=LENGTH,
+            k=128,
+            mode="salient",
+            coverage_every=10,
+            optimizer=bind(optim.adamw, learning_rate=1e-6, warmup=0.0, final=1.0),
+            limits=limits,
+            microbatches=6,
+        ),
+        evaluation=Evaluation(counts={1: 50, 2: 50, 4: 50}),
+        admission=Evaluation(counts={1: 32, 4: 32}),
+        limits=dataclasses.replace(limits, temperature=0.0),
+        mesh=MeshConfig(MESHES.get(arg or "v5p-256", {})),
+        elsewhere=False,
+        initial="models/qwen3_5_35b_a3b",
+    )
+    return smoke(cfg) if arg == "smoke" else cfg
+
+
+def teachers(sft: SftConfig, limits: Limits) -> dict[str, TeacherConfig]:
+    """Domain -> recipe (4.2). 256 runs of 45K tokens on average are 88 rows of 131,072: 96 have room for a step's."""
+    grpo = GrpoConfig(
+        steps=60,
+        prompts=32,
+        samples=8,
+        objective=Objective(
+            kl_coefficient=0.001, entropy_coefficient=0.0001
+        ),  # clip range 0.2, 0.28 and recorded log-probabilities: defaults
+        rows=96,
+        microbatches=6,
+        max_length=LENGTH,
+        limits=limits,
+    )
+    return {
+        "search": recipes.search(EXPERTS, sft, grpo, PROMPTS, candidates=8000),
+        "engineering": recipes.sft_then_grpo(EXPERTS, sft, grpo, PROMPTS),
+        "science": recipes.science(EXPERTS, sft, EXPERTS, sft),
+        "instruction_following": recipes.instruction_following(grpo, PROMPTS, grpo, PROMPTS),
+        "tool_calling": recipes.tool_calling(EXPERTS, sft, grpo, PROMPTS, candidates=2000),
+        "general": recipes.sft_then_grpo(EXPERTS, sft, grpo, PROMPTS),
+    }
+
+
+def smoke(cfg: Experiment) -> Experiment:
+    """The same path with a tiny model of the same pattern and short runs, on one device."""
+    length, few = 384, Runs({1: 60})
+    sft = dataclasses.replace(cfg.sft, steps=4, rows=4, max_length=length, save_every=2, log_every=2, loss_tile=256)
+    limits = dataclasses.replace(
+        cfg.limits, slots=16, max_turns=4, max_turn_tokens=24, max_length=length, feed_tokens=0, workers=4, show_tools=False
+    )
+    sampling = dataclasses.replace(limits, temperature=1.0)
+
+    def phase(one):
+        if not isinstance(one, GrpoConfig):
+            return dataclasses.replace(one, runs=few, sft=sft)
+        pool = one.pool and dataclasses.replace(one.pool, candidates=4, select="all", size=0)
+        short = {"steps": 2, "prompts": 2, "samples": 2, "rows": 8, "microbatches": 2, "max_length": length, "save_every": 1}
+        return dataclasses.replace(
+            one, **short, sources=(Prompts((1,)),), refills=0, drop_equal=False, pool=pool, limits=sampling, vocab_block=256
+        )
+
+    recipe = {d: dataclasses.replace(t, recipe=tuple(map(phase, t.recipe))) for d, t in cfg.teachers.items()}
+    short = {"steps": 2, "prompts": 2, "lengths": (1,), "rows": 2, "max_length": length, "k": 16, "microbatches": 2, "save_every": 1}
+    return dataclasses.replace(
+        cfg,
+        name="agents_a1_35b-smoke",
+        model=models.tiny_deep(vocab_size=1280, remat="layer"),
+        tokenizer=TokenizerConfig(vocab_size=1280),
+        runs=dict.fromkeys(NAMES, few),
+        sft=sft,
+        teachers=recipe,
+        distill=dataclasses.replace(cfg.distill, **short, limits=sampling, vocab_block=256),
+        control=dataclasses.replace(sft, steps=2),
+        evaluation=Evaluation(counts={1: 1}),
+        admission=Evaluation(counts={1: 1}),
+        limits=limits,
+        mesh=MeshConfig(),
+        initial="",
+    )
