@@ -89,6 +89,9 @@ def table(cells: Sequence[Cell]) -> Table:
     tasks = list(dict.fromkeys((t["domain"], t["steps"], t["task_id"]) for c in cells for t in c.tasks))
     if not tasks:
         raise ConfigError("no held-out tasks in any cell: nothing to fit")
+    short = next((task for task in tasks if task[1] < 1), None)
+    if short is not None:
+        raise ConfigError(f"held-out task {short[2]} of {short[0]} has {short[1]} steps; the law needs at least 1")
     place = {task: i for i, task in enumerate(tasks)}
     groups = tuple(sorted({(domain, steps) for domain, steps, _ in tasks}))
     success = np.full((len(cells), len(tasks)), np.nan)
