@@ -99,7 +99,7 @@ def test_the_form_that_made_the_data_predicts_held_out_seeds_best(law, form):
     t = horizon_fit.table(synthetic_sweep.read(law, Grid(sizes=APART, of_each=20), 1).cells)
     scores, notes = horizon_fit.choose(t)
     best = {s.form: s.held_out for s in scores}
-    assert notes == [] and len(scores) == 3 * 2 * 2 + 2
+    assert notes == [] and len(scores) == 3 * 2 * 2 + 2 + 2
     # a size more, or a bend more, costs next to nothing on held-out runs; what is wrong costs much
     assert best[form] > scores[0].held_out - 0.001
     for wrong in (Form(("total",), form.measure, form.interaction), Form((), "tokens"), Form(("active",), "none")):
