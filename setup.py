@@ -36,6 +36,7 @@ setup(
         "orbax-checkpoint",
         "protobuf",
         "rich",
+        "scipy",
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets",

@@ -1,0 +1,163 @@
+"""A sweep's folder, read: its finished cells, those that failed and those that are missing; success by axes and task length.
+
+FOLDER/sweep.json              {"format": "a1jax.sweep/1", "name", "axes": {axis: [values in order]}, "cells": [names in order]}
+FOLDER/cells/NAME/cell.json    {"format": "a1jax.cell/1", "name", "axes", "parameters", "train", "tasks", ...} of a finished cell
+FOLDER/cells/NAME/failed.json  {"name", "axes", "error", "traceback"} of one that failed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..config import ConfigError
+from ..config_types import fit, suggest
+from ..stages.evaluate import wilson
+
+SWEEP, CELL = "a1jax.sweep/1", "a1jax.cell/1"
+OF_TASKS = ("domain", "steps")  # what success may be told by beside a cell's axes: fields of its tasks
+_NEEDED = {"name": str, "axes": dict[str, Any], "parameters": dict[str, int], "train": dict[str, Any], "tasks": list}
+_OPTIONAL = {"curves": dict[str, list], "seconds": dict[str, float], "machine": str, "commit": str}
+_TASK = {"domain": str, "steps": int, "task_id": str, "success": int}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One trained and judged model. axes: axis -> value. parameters: "total", "active" (used per token). train: "steps", "tokens",
+    "flops", "longest_piece", "mean_piece", "feedback", ... tasks: one {"domain", "steps", "task_id", "success": 0 or 1, "status",
+    "tokens"} per held-out task. curves: metric -> [[step, value], ...]. seconds: {"train", "evaluate"}."""
+
+    name: str
+    axes: dict[str, Any]
+    parameters: dict[str, int]
+    train: dict[str, Any]
+    tasks: tuple[dict[str, Any], ...]
+    curves: dict[str, list] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    machine: str = ""
+    commit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A cell that failed and has not succeeded since. error: one line."""
+
+    name: str
+    axes: dict[str, Any]
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """axes: axis -> values, in order. cells: the finished ones, in order. missing: names of those neither finished nor failed.
+    unlisted: finished cells in the folder that sweep.json does not name; they are not among ``cells``."""
+
+    name: str
+    axes: dict[str, list[Any]]
+    cells: tuple[Cell, ...]
+    failed: tuple[Failure, ...] = ()
+    missing: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
+    folder: pathlib.Path | None = None
+
+
+def load(folder: str | pathlib.Path) -> Sweep:
+    """Raises ConfigError, one line, for a folder without a sweep and for files that are unreadable or of another format."""
+    folder = pathlib.Path(folder)
+    plan = folder / "sweep.json"
+    if not plan.is_file():
+        raise ConfigError(f"{folder}: no sweep.json in it; give the folder of a sweep")
+    written = _read(plan, SWEEP)
+    for key, kind in (("name", str), ("axes", dict[str, list]), ("cells", list[str])):
+        _field(written, key, kind, plan)
+    cells, failed, missing = [], [], []
+    for name in written["cells"]:
+        done, broken = folder / "cells" / name / "cell.json", folder / "cells" / name / "failed.json"
+        if done.is_file():
+            cell = from_json(_read(done, CELL), done)
+            if cell.name != name:
+                raise ConfigError(f"{done}: it calls itself {cell.name!r}; a cell lies in the folder of its name")
+            cells.append(cell)
+        elif broken.is_file():
+            found = _read(broken, None)
+            failed.append(Failure(name, dict(found.get("axes", {})), str(found.get("error", "it does not say"))))
+        else:
+            missing.append(name)
+    listed = set(written["cells"])
+    unlisted = sorted(path.parent.name for path in folder.glob("cells/*/cell.json") if path.parent.name not in listed)
+    return Sweep(written["name"], written["axes"], tuple(cells), tuple(failed), tuple(missing), tuple(unlisted), folder)
+
+
+def from_json(written: dict[str, Any], place: Any) -> Cell:
+    """The cell of a decoded cell.json; place: what an error names. Raises ConfigError for what a cell must have and it has not."""
+    if written.get("format") != CELL:
+        raise ConfigError(f"{place}: format {written.get('format')!r}, expected {CELL!r}")
+    fields = {key: _field(written, key, kind, place) for key, kind in _NEEDED.items()}
+    fields |= {key: _field(written, key, kind, place) for key, kind in _OPTIONAL.items() if written.get(key) is not None}
+    for key in ("total", "active"):
+        if fields["parameters"].get(key, 0) < 1:
+            raise ConfigError(f"{place}: parameters.{key} is {fields['parameters'].get(key)}; a model has at least 1")
+    for number, task in enumerate(fields["tasks"]):
+        for key, kind in _TASK.items():
+            if not isinstance(task, dict) or type(task.get(key)) is not kind:
+                _field(task, key, kind, f"{place}: tasks.{number}")
+        if task["success"] not in (0, 1):
+            raise ConfigError(f"{place}: tasks.{number}.success is {task['success']}; it is 0 or 1")
+    return Cell(**{**fields, "tasks": tuple(fields["tasks"])})
+
+
+def _read(path: pathlib.Path, wanted: str | None) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to have it made again") from None
+    if not isinstance(written, dict):
+        raise ConfigError(f"{path}: holds a {type(written).__name__}, not an object; delete it to have it made again")
+    if wanted is not None and written.get("format") != wanted:
+        raise ConfigError(f"{path}: format {written.get('format')!r}, expected {wanted!r}")
+    return written
+
+
+def _field(written: dict[str, Any], key: str, kind: Any, place: Any) -> Any:
+    if not isinstance(written, dict):
+        raise ConfigError(f"{place}: got {written!r}, expected an object")
+    if key not in written:
+        raise ConfigError(f"{place}: no {key!r} in it")
+    return fit(written[key], kind, f"{place}: {key}")
+
+
+def where(cells: Iterable[Cell], **axes: Any) -> tuple[Cell, ...]:
+    """The cells whose axes have these values; a list or tuple means any of them: ``where(cells, budget="tokens", size=("s", "m"))``.
+
+    Raises ConfigError for an axis that no cell has; a value that no cell has gives no cells."""
+    cells = tuple(cells)
+    known = list(dict.fromkeys(axis for cell in cells for axis in cell.axes))
+    for axis in axes:
+        if cells and axis not in known:
+            raise ConfigError(f"no cell has an axis {axis!r}{suggest(axis, known)}; axes are {', '.join(known)}")
+    wanted = {axis: value if isinstance(value, (list, tuple)) else (value,) for axis, value in axes.items()}
+    return tuple(cell for cell in cells if all(axis in cell.axes and cell.axes[axis] in values for axis, values in wanted.items()))
+
+
+def rates(cells: Iterable[Cell], by: Sequence[str] = ("size", "horizon", *OF_TASKS)) -> list[dict[str, Any]]:
+    """One row per combination of ``by`` (axes of cells, and "domain" and "steps" of tasks) that occurs, in the order met:
+    {**combination, "wins", "n", "success", "low", "high"}, pooled over all else with Wilson's interval as if runs were independent.
+
+    A cell without one of the axes has None there."""
+    found: dict[tuple, list[int]] = {}
+    for cell in cells:
+        for task in cell.tasks:
+            key = tuple(task[name] if name in OF_TASKS else cell.axes.get(name) for name in by)
+            count = found.setdefault(key, [0, 0])
+            count[0] += task["success"]
+            count[1] += 1
+    return [{**dict(zip(by, key, strict=True)), **rate(wins, n)} for key, (wins, n) in found.items()]
+
+
+def rate(wins: int, n: int) -> dict[str, Any]:
+    """{"wins", "n", "success", "low", "high"} with Wilson's interval; n = 0 has success nan."""
+    low, high = wilson(wins, n)
+    return {"wins": wins, "n": n, "success": wins / n if n else float("nan"), "low": low, "high": high}
