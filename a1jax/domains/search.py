@@ -129,7 +129,9 @@ class SearchTask(Task):
 class Search(Domain):
     name: str = "search"
     degree: int = 3  # links per page: more make pages longer and guessing harder
-    pages: int = 0  # per graph, whatever the length; 0: more for longer chains. Up to 64 all titles are short, in long runs as in short ones
+    pages: int = (
+        0  # per graph, whatever the length; 0: more for longer chains. Up to 64 all titles are short, in long runs as in short ones
+    )
     numbers: int = 0  # relations get consecutive numbers of 1 .. numbers, begun anywhere: short runs then show them all; 0: begun at 1
 
     def __post_init__(self):

@@ -19,7 +19,8 @@ import numpy as np
 
 from .. import metrics
 from ..config import ConfigError
-from ..data import pieces, tokenizer as tokenizers
+from ..data import pieces
+from ..data import tokenizer as tokenizers
 from ..data.packing import Example, plan
 from ..data.pieces import Piece
 from ..data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from ..models import flops, transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import FINISHED, Params, TrainState
-from . import evaluate, experts, sft
+from . import experts, sft
 from .pipeline import TokenizerConfig
 from .setting import Setting
 

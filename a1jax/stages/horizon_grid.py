@@ -30,9 +30,7 @@ def cells(
     Seed by seed, so that a sweep that is stopped early has whole grids; the programs of all sizes stay compiled.
     """
     reference = reference or sizes[len(sizes) // 2]
-    base = dataclasses.replace(
-        base, reference=_model(base, reference), reference_horizon=reference_horizon or horizons[len(horizons) // 2]
-    )
+    base = dataclasses.replace(base, reference=_model(base, reference), reference_horizon=reference_horizon or horizons[len(horizons) // 2])
     kinds: list[tuple[Arm, Budget, tuple[int, ...]]] = [("consults", budget, horizons) for budget in budgets]
     kinds += [("solvable", "tokens", solvable)] if solvable else []
     return [
