@@ -40,8 +40,9 @@ def cut(run: Example, horizon: int, arm: Arm = "consults") -> list[Piece]:
     question (all before the model's first token) and steps: a turn of the model with what came before it, the observation. A piece is the
     question and as many steps in a row as fit; the next piece begins at the next step. What is dropped from it: all steps before it.
     Where not even one step fits behind the question, the piece is steps alone. A step that does not fit alone loses the beginning of its
-    observation (the first one that of the question); a turn that does not fit alone is cut into windows, each with the token before it for context. Every token that the model
-    wrote is the target of exactly one piece; the dropped turns leave no trace but the prompt's end, after which the observation follows.
+    observation (the first one that of the question); a turn that does not fit alone is cut into windows, each with the token before it
+    for context. Every token that the model wrote is the target of exactly one piece; the dropped turns leave no trace but the prompt's
+    end, after which the observation follows.
     Raises DataError for a horizon below 2 tokens.
     """
     if horizon < 2:
