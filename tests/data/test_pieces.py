@@ -49,7 +49,7 @@ def test_every_written_token_is_predicted_once_and_no_piece_is_longer(seed):
         wanted = np.flatnonzero(run.mask).tolist()
         assert sorted(place for p in got for place in targets(p)) == wanted, horizon
         for p in got:
-            assert (np.diff(p.places) > 0).all() and (p.example.tokens == run.tokens[p.places]).all()
+            assert (np.diff(p.places) > 0).all() and (p.example.tokens == run.tokens[p.places]).all() and p.example.mask[0] == 0
         assert sum(p.turns for p in got) == len(pieces.turn_ends(run.mask))
 
 
