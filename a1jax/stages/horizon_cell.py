@@ -232,7 +232,7 @@ def about_pieces(cut: Sequence[tuple[int, Piece]]) -> dict[str, float]:
 
 def feedback(piece: Piece) -> float:
     """Observations in a piece over those of its whole run."""
-    return piece.observations / max(1, piece.demanded)
+    return len(piece.observations) / max(1, piece.demanded)
 
 
 def curves(workdir: pathlib.Path) -> dict[str, list[list[float]]]:

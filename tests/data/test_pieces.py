@@ -82,7 +82,7 @@ def test_the_length_that_costs_what_pieces_cost():
 
 def test_observations_are_counted():
     run = run_of(4, (0, 3), (2, 3), (2, 3), (2, 3))
-    assert [(p.observations, p.demanded) for p in pieces.cut(run, 12)] == [(1, 3), (1, 3), (1, 3)]
-    assert [(p.observations, p.demanded) for p in pieces.cut(run, 22)] == [(3, 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(run, 12)] == [((0,), 3), ((1,), 3), ((2,), 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(run, 22)] == [((0, 1, 2), 3)]
     ended = Example(np.append(run.tokens, 22).astype(np.int32), np.append(run.mask, 0).astype(np.float32))  # a line's end is none
-    assert [(p.observations, p.demanded) for p in pieces.cut(ended, 30)] == [(3, 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(ended, 30)] == [((0, 1, 2), 3)]
