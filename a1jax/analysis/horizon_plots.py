@@ -182,11 +182,11 @@ def _pooled(rows: Sequence[Row]) -> str:
     return f"Pooled over {seeds[0]} seeds." if seeds[0] > 1 else "One seed."
 
 
-def measured(sweep: Sweep) -> list[Figure]:
-    """What needs no fit, in the order of the page."""
+def measured(sweep: Sweep, isolines: dict[tuple, tuple[Line, ...]] | None = None) -> list[Figure]:
+    """All that shows what was measured, in the order of the page. isolines: see ``heat_map``."""
     over, rows, by_domain = facets(sweep.axes), points(sweep), points(sweep, "domain")
     out = [success_over_horizon(rows, over)]
     if len({row["domain"] for row in by_domain}) > 1:
         out.append(success_over_horizon(by_domain, (*over, "domain"), "success_over_horizon_by_domain"))
-    out += [*success_by_length(points(sweep, "steps"), over), success_over_flops(rows, over)]
+    out += [heat_map(rows, over, isolines), *success_by_length(points(sweep, "steps"), over), success_over_flops(rows, over)]
     return [figure for figure in out if figure.panels]
