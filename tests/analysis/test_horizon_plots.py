@@ -93,7 +93,7 @@ def test_the_heat_map_has_every_point_and_nothing_where_there_is_none(sweep):
 
 def test_a_sweep_of_one_budget_and_one_seed_has_plain_titles():
     sweep = synthetic_sweep.read(Law(), Grid(sizes=GRID.sizes, horizons=(32,), seeds=(0,), domains=("search",), of_each=2))
-    drawn = horizon_plots.measured(Sweep("s", {k: v for k, v in sweep.axes.items() if k != "budget"}, sweep.cells))
+    drawn = horizon_plots.figures(Sweep("s", {k: v for k, v in sweep.axes.items() if k != "budget"}, sweep.cells))
     assert [f.name for f in drawn] == ["success_over_horizon", "heat_map", "success_by_length", "success_over_flops"]
     assert drawn[0].panels[0].title == "all tasks (n = 6)" and "One seed." in drawn[0].caption
     for figure in drawn:
