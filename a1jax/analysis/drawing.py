@@ -44,8 +44,9 @@ def build(figure: Figure) -> Any:
     across = 2 if len(figure.panels) == 4 else min(PER_ROW, len(figure.panels))
     down = math.ceil(len(figure.panels) / across)
     broad = max(_breadth(panel) for panel in figure.panels)
+    high = 4.4 if any(isinstance(panel, Heat) and panel.extent for panel in figure.panels) else 3.4
     with plt.rc_context(SETTINGS):
-        drawn, axes = plt.subplots(down, across, figsize=(broad * across, 3.4 * down), layout="constrained", squeeze=False)
+        drawn, axes = plt.subplots(down, across, figsize=(broad * across, high * down), layout="constrained", squeeze=False)
         for axis in axes.flat[len(figure.panels) :]:
             axis.remove()
         shown = list(axes.flat[: len(figure.panels)])
@@ -95,7 +96,7 @@ def _lines(axis: Any, panel: Panel) -> None:
         else:
             axis.plot(x, line.y, **look)
     positive = all(y > 0 for line in panel.lines for y in line.y)
-    axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **({"yscale": "log"} if panel.log and positive else {}))
+    axis.set(xlabel=panel.xlabel, ylabel=textwrap.fill(panel.ylabel, 38), **({"yscale": "log"} if panel.log and positive else {}))
     if panel.log_x:
         axis.set_xscale("log", base=2 if panel.whole else 10)
         if not panel.whole:
@@ -106,6 +107,10 @@ def _lines(axis: Any, panel: Panel) -> None:
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if panel.limits:
         axis.set_ylim(*panel.limits)
+        if panel.log and positive and panel.limits[1] < 100 * panel.limits[0]:  # powers of ten alone would be hardly any tick
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
     if panel.whole:
         ticks = sorted({x for line in panel.lines if not line.dashed for x in line.x})
         axis.set_xticks(ticks, [number(x) for x in ticks])
@@ -192,7 +197,10 @@ def _heat(axis: Any, panel: Heat) -> None:
                 if value is not None:
                     light = (value - low) / max(1e-9, high - low) > 0.5
                     text = f"{100 * value:.0f} %\nn = {panel.n[j][i]}"
-                    axis.text(panel.x[i], panel.y[j], text, color="black" if light else "white", fontsize=7, ha="center", va="center")
+                    colour, edge = ("black", "white") if light else ("white", "black")
+                    halo = [effects.withStroke(linewidth=1.2, foreground=edge, alpha=0.6)] if panel.isolines else []
+                    look = {"color": colour, "path_effects": halo, "fontsize": 7, "ha": "center", "va": "center", "zorder": 3.5}
+                    axis.text(panel.x[i], panel.y[j], text, **look)
     for line in panel.isolines:
         _isoline(axis, line)
     if panel.beyond:

@@ -110,7 +110,9 @@ def success_over_horizon(
         panels.append(Panel(title, H, SUCCESS, tuple(line for line in lines if line.x), limits=SHARES, whole=True, log_x=True))
     by = " by size and domain" if "domain" in facets else " by size"
     dashed = "Dashed: the fitted law. " if law else ""
-    caption = f"A line per size (active parameters per token). H: no training row has more tokens of one run. {dashed}{_pooled(rows)} {INTERVALS}"
+    caption = (
+        f"A line per size (active parameters per token). H: no training row has more tokens of one run. {dashed}{_pooled(rows)} {INTERVALS}"
+    )
     return Figure(name, f"Success over horizon{by}", caption, tuple(panels))
 
 
@@ -192,7 +194,9 @@ def _pooled(rows: Sequence[Row]) -> str:
     return f"Pooled over {seeds[0]} seeds." if seeds[0] > 1 else "One seed."
 
 
-def figures(sweep: Sweep, isolines: dict[tuple, tuple[Line, ...]] | None = None, law: dict[tuple, dict[str, Line]] | None = None) -> list[Figure]:
+def figures(
+    sweep: Sweep, isolines: dict[tuple, tuple[Line, ...]] | None = None, law: dict[tuple, dict[str, Line]] | None = None
+) -> list[Figure]:
     """All that show what was measured, in the order of the page. isolines, law: see ``heat_map`` and ``success_over_horizon``."""
     over, rows, by_domain = facets(sweep.axes), points(sweep), points(sweep, "domain")
     out = [success_over_horizon(rows, over, law=law), heat_map(rows, over, isolines)]

@@ -1,4 +1,4 @@
-"""What the fitted law adds to a sweep's figures: iso-success lines, its curves over the horizon, and the exchange rate with its interval."""
+"""What the fitted law adds to a sweep's figures: iso-success lines, its curves over the horizon, the exchange rate with its interval."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Fitted:
     over: tuple[str, ...]
     laws: dict[tuple, Law]
     refused: tuple[str, ...] = ()
+
+    def of(self, row: Row) -> tuple:
+        """The combination that a row belongs to."""
+        return tuple(row.get(axis) for axis in self.over)
 
 
 def fit(sweep: Sweep) -> Fitted:
@@ -86,7 +90,7 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
     """How many times the parameters a doubling of the horizon is worth at each size and horizon of the grid, with its 95 % interval."""
     panels = []
     for values, law in fitted.laws.items():
-        mine = [row for row in rows if tuple(row.get(axis) for axis in fitted.over) == values]
+        mine = [row for row in rows if fitted.of(row) == values]
         sizes = {sized(row): row["active"] for row in sorted(mine, key=lambda row: row["active"])}
         if not law.form.interaction:  # one rate everywhere
             sizes = {"every size": float(np.exp2(np.log2(law.table.active).mean()))}
@@ -103,12 +107,12 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
             continue
         note = f"{lost} points not shown: there the effect of size cannot be told from none" if lost else ""
         title = f"{told(fitted.over, values) or 'all tasks'} ({len(law.table.cells)} cells)"
-        unit = "times the parameters a doubling of H is worth"
+        unit = "worth of a doubling of H (times the parameters, log scale)"
         level = 1.0, "worth nothing"
         panels.append(Panel(title, H, unit, tuple(lines), True, _limits(lines), whole=True, log_x=True, level=level, note=note))
     caption = (
-        "2 to the power of (slope of log2 H / slope of log2 N) of the fitted law; above 1 a longer horizon stands in for parameters. Thin bars "
-        "are 95 % bootstrap intervals, the wider of resampled seeds and resampled tasks; one that leaves the panel may have no end."
+        "2 to the power of (slope of log2 H / slope of log2 N) of the fitted law; above 1 a longer horizon stands in for parameters. "
+        "Thin bars are 95 % bootstrap intervals, the wider of resampled seeds and tasks; one that leaves the panel may have no end."
     )
     return Figure("exchange_rate", "Exchange rate of horizon for parameters", caption, tuple(panels))
 
