@@ -1,8 +1,10 @@
-"""How sure the law is: its coefficients refitted on resampled seeds, and on resampled tasks.
+"""How sure the law is: its coefficients refitted on resampled seeds, on resampled tasks, and drawn as if runs were independent.
 
 Two clusters cross in a sweep: a cell's luck in training (its seed) and a task's difficulty (the same tasks are put to every cell). Each is
-resampled by itself, and an interval reaches as far on each side as the wider of the two. Resampling both at once, tasks inside of seeds,
-would count the chance of a single run twice, since each of the two already holds all of it.
+resampled by itself, and an interval reaches as far on each side as the widest of all draws. Resampling both at once, tasks inside of
+seeds, would count the chance of a single run twice, since each of the two already holds all of it. That chance alone, a normal around
+the estimate with the fit's curvature, is the third kind of draws: it knows that runs which all failed say little, where resampling them
+always finds the same.
 
 Seeds are drawn inside each grid point: cells that differ in nothing but the seed; the seed of one size is no kin to that of another. Tasks
 are drawn inside each domain and number of steps, the same draw for all cells. Both draw k - 1 of k with replacement and weigh them by
@@ -21,13 +23,12 @@ from . import horizon_fit
 from .horizon_fit import RIDGE, Form, Scale, Table
 
 DRAWS = 400
-OVER = ("seeds", "tasks")
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """over: "seeds" or "tasks" -> [B, P] coefficients; what could not be resampled (one seed, one task of a kind) is not in it.
-    weights: the same -> ([B, C] weights of cells, [B, T] weights of tasks). notes: what the intervals do not hold."""
+    """over: "seeds", "tasks", "chance" -> [B, P] coefficients; what could not be resampled (one seed, one task of a kind) is not in it.
+    weights: seeds, tasks -> ([B, C] weights of cells, [B, T] weights of tasks). notes: what the intervals do not hold."""
 
     over: dict[str, np.ndarray]
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -57,7 +58,9 @@ def draw(t: Table, form: Form, at: Scale, beta: np.ndarray, draws: int = DRAWS, 
     penalty = horizon_fit.penalties(form, at, t.domains, ridge)
     over = {name: refit(x, *counts(t, w), penalty, beta) for name, w in weights.items()}
     stretched = {name: beta + (drawn - beta) * stretch(t.points if name == "seeds" else t.group) for name, drawn in over.items()}
-    return Draws(stretched, weights, tuple(notes))
+    curvature = horizon_fit.hessian(beta, x, t.counts[1].ravel(), penalty)
+    chance = rng.multivariate_normal(beta, np.linalg.inv(curvature), draws)
+    return Draws({**stretched, "chance": chance}, weights, tuple(notes))
 
 
 def stretch(stratum: np.ndarray) -> float:
@@ -109,7 +112,7 @@ def refit(x: np.ndarray, wins: np.ndarray, n: np.ndarray, ridge: np.ndarray, sta
 
 
 def interval(values: dict[str, np.ndarray], level: float = 0.95, unknown: dict[str, np.ndarray] | None = None) -> tuple[float, float]:
-    """(low, high) of one number from its draws over seeds and over tasks: the wider on each side. values may be infinite.
+    """(low, high) of one number from all its draws: the widest on each side. values may be infinite.
 
     unknown: mask of draws that say nothing at all: they count as too low and as too high. Without draws: (-inf, inf)."""
     lows, highs = [], []

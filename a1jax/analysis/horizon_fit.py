@@ -3,7 +3,8 @@
     logit p = intercept of the domain + a * log2 N + b * log2 H + c * log2 steps [+ d * log2 N * log2 H]
 
 N: active parameters, total ones or both; H: tokens of a training row, or the effective feedback of a training piece (log2(1 + F), which
-holds where a piece is too short for any). All logarithms are centred on the table's means. The fit is penalised: RIDGE is the weight of
+holds where a piece is too short for any). For comparison H counts only up to a task's length ("reach"): what lies beyond a task's end can
+teach nothing about it. All logarithms are centred on the table's means. The fit is penalised: RIDGE is the weight of
 a normal prior around 0 on every coefficient, slopes taken per standard deviation of their covariate (RIDGE = 0.1: standard deviation 3.2
 logits), so that data which a line separates (all runs of a size failed) have an answer; against hundreds of runs it weighs nothing.
 """
@@ -25,7 +26,7 @@ from .sweep import Cell
 RIDGE = 0.1
 COLLINEAR = 0.98  # correlation of log2 total with log2 active over the cells from which the two cannot be told apart
 FOLDS = 5
-Measure = Literal["tokens", "feedback", "none"]
+Measure = Literal["tokens", "feedback", "reach", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Table:
         member = (self.group[:, None] == np.arange(len(self.groups))).astype(float)
         asked = ~np.isnan(self.success)
         return np.nan_to_num(self.success) @ member, asked @ member
+
+    @functools.cached_property
+    def reach(self) -> np.ndarray:
+        """[C, G], the horizon in tokens, but no more than the length of a group's solved runs."""
+        return np.fmin(self.tokens[:, None], self.lengths[None])
 
     @functools.cached_property
     def mix(self) -> np.ndarray:
@@ -131,7 +137,12 @@ class Form:
     interaction: bool = False
 
     def __str__(self) -> str:
-        horizon = {"tokens": "horizon in tokens", "feedback": "effective feedback", "none": "no horizon"}[self.measure]
+        horizon = {
+            "tokens": "horizon in tokens",
+            "feedback": "effective feedback",
+            "reach": "horizon up to a task's length",
+            "none": "no horizon",
+        }[self.measure]
         return f"{' and '.join(self.sizes) or 'no'} parameters, {horizon}{', interaction' if self.interaction else ''}"
 
 
@@ -145,6 +156,7 @@ class Scale:
 
 def scale(t: Table) -> Scale:
     columns = {name: logs(name, getattr(t, name)) for name in ("active", "total", "tokens", "feedback")}
+    columns["reach"] = np.log2(t.reach).ravel()
     columns["steps"] = np.repeat(np.log2([s for _, s in t.groups]), np.maximum(1, t.counts[1].sum(0)).astype(int))
     return Scale(
         {name: float(values.mean()) for name, values in columns.items()}, {name: float(values.std()) for name, values in columns.items()}
@@ -178,6 +190,7 @@ def rows(t: Table, form: Form, at: Scale) -> np.ndarray:
     """The design matrix of a table, [C * G, P], cell by cell."""
     g = len(t.groups)
     of = {name: np.repeat(getattr(t, name), g) for name in ("active", "total", "tokens", "feedback")}
+    of["reach"] = t.reach.ravel()
     of["steps"] = np.tile([s for _, s in t.groups], len(t.cells))
     return design(form, at, t.domains, of, [d for d, _ in t.groups] * len(t.cells))
 
@@ -265,9 +278,11 @@ def _collinear(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def choose(t: Table, ridge: float = RIDGE) -> tuple[list[Score], list[str]]:
-    """(scores, best first, of all forms and of two for comparison, without horizon and without size; notes)."""
+    """(scores, best first, of all forms and of those for comparison: the horizon up to a task's length, no horizon, no size; notes)."""
     candidates, notes = forms(t)
     if len(t.cells) < 2:
         return [Score(candidates[0], float("nan"), ())], [*notes, "one cell: no form could be tried on cells it did not see"]
     candidates += [Form(candidates[0].sizes, "none"), Form((), "tokens")]
+    if not np.array_equal(t.reach, np.broadcast_to(t.tokens[:, None], t.reach.shape)):
+        candidates += [Form(candidates[0].sizes, "reach", i) for i in (False, True)]
     return sorted((score(t, form, ridge) for form in candidates), key=lambda s: -s.held_out), notes

@@ -15,6 +15,8 @@ from .horizon_bootstrap import DRAWS, Draws
 from .horizon_fit import RIDGE, Form, Scale, Score, Table
 from .sweep import Cell
 
+MEASURES = ("tokens", "feedback")  # what a law may count the horizon in; other forms are there to compare with
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -53,7 +55,7 @@ def analyse(
     if others:
         notes.append(f"cells that differ in {', '.join(others)} are taken together: select them first to tell them apart")
     if form is None:
-        fitting = [s.form for s in scores if s.form.sizes and s.form.measure != "none" and measure in ("best", s.form.measure)]
+        fitting = [s.form for s in scores if s.form.sizes and s.form.measure in MEASURES and measure in ("best", s.form.measure)]
         if not fitting:
             raise ConfigError(f"measure {measure!r}: {notes[-1] if notes else 'these cells do not have it'}")
         form = fitting[0]

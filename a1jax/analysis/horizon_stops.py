@@ -10,7 +10,7 @@ import numpy as np
 from . import horizon_bootstrap
 from .horizon_law import Law
 
-LEVEL = 0.05  # one-sided: success rises beyond a horizon if at most this share of the draws says it does not
+LEVEL = 0.025  # one-sided: success rises beyond a horizon if at most this share of the draws says it does not
 
 
 @dataclasses.dataclass(frozen=True)
