@@ -1,0 +1,100 @@
+"""report.html of a sweep, finished or still running: its cells, what they say and the figures, with every number as CSV in ``report/``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from .. import provenance
+from ..config import ConfigError
+from . import ablation_plots, figures, horizon, horizon_plots, law_plots, page
+from . import sweep as sweeps
+from .sweep import Cell, Sweep
+
+PLAN = "sweep.json"
+TRAINED = ("tokens", "flops", "longest_piece", "mean_piece", "feedback")
+
+
+def is_sweep(folder: pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / PLAN).is_file()
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the page and its CSV files; the page's path. Raises ConfigError for a folder without a finished cell."""
+    folder = pathlib.Path(folder)
+    sweep = sweeps.load(folder)
+    if not sweep.cells:
+        why = f"; {sweep.failed[0].name} failed: {sweep.failed[0].error}" if sweep.failed else ""
+        count = len(sweep.failed) + len(sweep.missing)
+        raise ConfigError(f"{folder}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
+    findings, drawn, refused = _of(sweep)
+    tables = {"cells": cell_rows(sweep), "points": horizon_plots.points(sweep), **{f.name: figures.rows(f) for f in drawn}}
+    tables |= {"law": horizon.rows(sweep)} if findings else {}
+    for name, table in tables.items():
+        page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
+    text = page.template("sweep.html.jinja").render(
+        name=sweep.name,
+        axes=sweep.axes,
+        rows=tables["cells"],
+        finished=len(sweep.cells),
+        failed=len(sweep.failed),
+        missing=len(sweep.missing),
+        unlisted=sweep.unlisted,
+        findings=_grouped(findings),
+        refused=refused,
+        figures=[(figure, page.image(figure)) for figure in drawn],
+        told=provenance.read(folder),
+        results={},
+        folder=page.FOLDER,
+    )
+    page.put(folder / page.FILE, text)
+    return folder / page.FILE
+
+
+def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...]]:
+    """(findings, figures, one line for each part of the sweep that no law could be fitted to)."""
+    if not horizon_plots.has_horizons(sweep.axes):
+        return [], ablation_plots.figures(sweep), ()
+    fitted, rows = law_plots.fit(sweep), horizon_plots.points(sweep)
+    isolines = {values: law_plots.isolines(law) for values, law in fitted.laws.items()}
+    curves = {values: law_plots.curves(law, [row for row in rows if fitted.of(row) == values]) for values, law in fitted.laws.items()}
+    first, *rest = horizon_plots.figures(sweep, isolines, curves)
+    rate = law_plots.exchange_rate(rows, fitted)
+    drawn = [first, rest[0], *([rate] if rate.panels else []), *rest[1:]]
+    return horizon.summary(sweep) if fitted.laws else [], drawn, fitted.refused
+
+
+def _grouped(findings: list[str]) -> dict[str, list[str]]:
+    """Lines by the part of the sweep they are about, "" for all of it: "[budget tokens] The law ..."."""
+    out: dict[str, list[str]] = {}
+    for line in findings:
+        head, found, text = line.partition("] ")
+        of_part = found and head.startswith("[")
+        out.setdefault(head[1:] if of_part else "", []).append(text if of_part else line)
+    return out
+
+
+def cell_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """A row per planned cell in the order of the plan: "cell", "state" (finished, failed, not run yet), its axes and what it has; "" for
+    what it has not. "error": of a failed one."""
+    finished, failed = {cell.name: cell for cell in sweep.cells}, {cell.name: cell for cell in sweep.failed}
+    return [_row(name, finished.get(name), failed.get(name), list(sweep.axes)) for name in _planned(sweep)]
+
+
+def _planned(sweep: Sweep) -> list[str]:
+    if sweep.folder is None:
+        return [*(cell.name for cell in sweep.cells), *(cell.name for cell in sweep.failed), *sweep.missing]
+    return json.loads((sweep.folder / PLAN).read_text())["cells"]
+
+
+def _row(name: str, cell: Cell | None, failed: sweeps.Failure | None, axes: list[str]) -> dict[str, Any]:
+    found = cell.axes if cell else failed.axes if failed else {}
+    row = {"cell": name, "state": "finished" if cell else "failed" if failed else "not run yet", **{a: found.get(a, "") for a in axes}}
+    train, seconds = (cell.train, cell.seconds) if cell else ({}, {})
+    row |= {key: cell.parameters[key] if cell else "" for key in ("active", "total")}
+    row |= {"train_steps": train.get("steps", ""), **{key: train.get(key, "") for key in TRAINED}}
+    wins = sweeps.rate(sum(t["success"] for t in cell.tasks), len(cell.tasks)) if cell else {}
+    row |= {key: wins.get(key, "") for key in ("wins", "n", "success", "low", "high")}
+    row |= {f"seconds_{key}": seconds.get(key, "") for key in ("train", "evaluate")}
+    return row | {"error": failed.error if failed else ""}
