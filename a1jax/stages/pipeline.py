@@ -18,7 +18,7 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
-from . import distill, evaluate, experts, fitting_mesh, folders, scoring, sft, teacher
+from . import distill, evaluate, experts, fitting_mesh, folders, mixtures, scoring, sft, teacher
 from .scoring import Teacher
 from .setting import MeshConfig, Setting, make_mesh
 
@@ -194,10 +194,12 @@ def _actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: 
 def distill_flops_in_sft_steps(cfg: Experiment) -> float:
     """How many stage-1 steps cost what stage 3 costs, in model FLOPs.
 
-    Per token: 6 N to train, 2 N to score, 2 N to sample (N active parameters); rollouts are counted at their budget's packed rows.
+    Per token: 6 N to train, 2 N to score by each teacher that has a weight, 2 N to sample (N active parameters); rollouts are counted at
+    their budget's packed rows.
     """
     tokens = len(cfg.domains) * cfg.distill.rows * cfg.distill.max_length
-    return cfg.distill.steps * tokens * (6 + 2 + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
+    scorers = sum(share > 0 for share in mixtures.weights(cfg.distill.own_weight, 0, len(cfg.domains)))
+    return cfg.distill.steps * tokens * (6 + 2 * scorers + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
 
 
 def control_config(cfg: Experiment) -> sft.SftConfig:
