@@ -28,7 +28,9 @@ def weights(own_weight: float, own: int, count: int) -> tuple[float, ...]:
     return tuple(own_weight if i == own else (1.0 - own_weight) / (count - 1) for i in range(count))
 
 
-def best(teachers: Sequence[Params], batch: Batch, models: tuple[ModelConfig, ...], shares: tuple[float, ...], k: int, block: int) -> Scores:
+def best(
+    teachers: Sequence[Params], batch: Batch, models: tuple[ModelConfig, ...], shares: tuple[float, ...], k: int, block: int
+) -> Scores:
     """The mixture's k best ids at every position, as ``scoring.native`` says those of one teacher."""
     found = mixture.mixture_targets(*_states(teachers, batch, models), shares, k, block)
     names = {"support": found.support, "teacher_logits": found.logits, "teacher_logsumexp": found.logsumexp}

@@ -19,7 +19,15 @@ from a1jax.types import FINISHED, Rollout
 from tests.stages.descent import descent
 
 CFG = DistillConfig(
-    steps=1, prompts=2, lengths=(1,), rows=2, max_length=96, k=6, optimizer=bind(descent, rate=0.5), limits=Limits(max_length=96), vocab_block=256
+    steps=1,
+    prompts=2,
+    lengths=(1,),
+    rows=2,
+    max_length=96,
+    k=6,
+    optimizer=bind(descent, rate=0.5),
+    limits=Limits(max_length=96),
+    vocab_block=256,
 )
 
 
