@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from a1jax.models.config import ModelConfig
 
@@ -34,6 +35,12 @@ class Flops:
     def passes(self) -> float:
         """As bfloat16 passes of a TPU's matrix unit, everything included."""
         return self.model + self.recomputed + 5 * self.exact
+
+
+def total(several: Sequence[Flops]) -> Flops:
+    """Of passes one after the other over the same tokens."""
+    sums = {name: sum(getattr(one, name) for one in several) for name in ("forward", "backward", "recomputed", "exact")}
+    return Flops(**sums, parts={name: sum(one.parts.get(name, 0.0) for one in several) for one in several for name in one.parts})
 
 
 def linear_parts(cfg: ModelConfig) -> dict[str, float]:

@@ -78,9 +78,12 @@ class Engine:
         self.encoded = functools.lru_cache(maxsize=8192)(self._encode)
 
     def run(
-        self, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None = None
+        self, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None = None, first: int = 0
     ) -> tuple[list[Rollout], dict]:
         """One run per task, in the order of the tasks, and counts.
+
+        first: the place of the first task in the list that the seed is for, where ``tasks`` is a part of it: the runs are then those of
+        the whole list.
 
         Same params, tasks, seed and limits: same rollouts. ABORTED runs are retried ``limits.retries`` times, then returned as such.
         Counts: decode_steps (calls of the model, feed_steps of them with known tokens only), slot_steps (tokens of runs that were fed),
@@ -88,7 +91,7 @@ class Engine:
         engine_seconds, tool_seconds (waiting for tools with nothing to decode), tokens_per_second (sampled ones), interruptions (times an
         environment raised), tool_errors.
         """
-        runs, counts = _Session(self, params, tasks, seed, on_done).run()
+        runs, counts = _Session(self, params, tasks, seed, on_done, first).run()
         distributed.check_same([(r.tokens, r.sampled, r.logp, np.float32(r.reward)) for r in runs], "a rollout")
         return runs, counts
 
@@ -136,8 +139,9 @@ def _stop_id(tokenizer: Tokenizer, text: str) -> int:
 class _Session:
     """One ``Engine.run``: which run sits in which slot, and what becomes of it."""
 
-    def __init__(self, engine: Engine, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None):
+    def __init__(self, engine: Engine, params: Params, tasks: Sequence[Task], seed: int, on_done: Callable[[int], None] | None, first: int):
         self.engine, self.tasks, self.seed, self.on_done, self.limits = engine, tasks, seed, on_done, engine.limits
+        self.first = first
         params = sampler.make_unstack(engine.cfg)(params)
         self.slots = lockstep.Lockstep(engine.cfg, params, engine.limits, engine.advance, engine.feed, engine.stops)
         self.waiting = deque((i, 0) for i in range(len(tasks)))
@@ -193,7 +197,7 @@ class _Session:
         task, room = self.tasks[index], self.limits.max_length
         run = self.runs[slot] = turns.Run(index, attempt, task, None, list(task.messages()), [])
         prompt = self.engine.prompt(task, run.messages)
-        self.slots.uniforms[slot] = self.engine.numbers(self.seed, index, attempt, room)
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, self.first + index, attempt, room)
         self.slots.put(slot, 0, prompt[:room], self._budget(0), anew=True)
         if len(prompt) >= room:  # no room for a single answer token
             return self._finish(slot, run.ended(TRUNCATED))
@@ -263,7 +267,7 @@ class _Session:
         if asked.end + len(more) >= room:
             return self._finish(slot, run.ended(TRUNCATED))
         self.runs[slot] = asked
-        self.slots.uniforms[slot] = self.engine.numbers(self.seed, run.index, run.attempt, 2 * room)[room:]
+        self.slots.uniforms[slot] = self.engine.numbers(self.seed, self.first + run.index, run.attempt, 2 * room)[room:]
         written = int(self.slots.sampled[slot, : asked.end].sum())
         self.sampled_tokens += int(self.slots.sampled[slot, asked.end :].sum())
         self.slots.put(slot, asked.end, more, self._budget(written), anew=True)  # a recurrent state cannot be rolled back

@@ -32,10 +32,11 @@ from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..sharding import flatten_tokens
 from ..types import ABORTED, Metrics, Params, Rollout, TrainState
-from . import experts, full, kept_runs, scoring
+from . import experts, full, kept_runs, mixtures, scoring
 from .scoring import Placed, Teacher
 from .setting import Setting, train_stage
 from .sft import router_metrics
+from .written_by_teachers import TeachersEngine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class DistillConfig:
     tail_below: float = 0.0  # mode salient: tokens whose student has less mass on S than this are compared as in mode tail; 0: none
     divergence: Divergence = "reverse"  # the paper's; forward and jensen_shannon in every mode
     reduction: Literal["domain_mean", "sample_mean", "token_mean"] = "domain_mean"  # domain_mean is the paper's
+    own_weight: float = 1.0  # of the run's own teacher in the target, the others' equal; 1: hard routing (the paper's). See mixtures
+    rollouts: Literal["student", "teacher"] = "student"  # who writes the runs: student is on-policy (the paper's); see written_by_teachers
     coverage_every: int = 1  # steps between measurements of the student's mass on S: one log-sum-exp over the vocabulary; 0: never
     teacher_max_length: int = 0  # tokens of a run in a teacher's other tokenizer, the rest is masked and counted; 0: max_length
     optimizer: Binding = bind(optim.adamw, learning_rate=1e-3, final=1.0, weight_decay=0.0)  # a function of (specs, steps)
@@ -92,6 +95,17 @@ class DistillConfig:
                 f"DistillConfig.rows is {self.rows} and microbatches {self.microbatches}; mode 'full' needs a multiple of them, so that "
                 "every micro-batch has rows of every domain"
             )
+        if not 0 <= self.own_weight <= 1:
+            raise ConfigError(f"DistillConfig.own_weight is {self.own_weight}; it is a share of the target, from 0 to 1")
+        if self.own_weight < 1 and self.mode == "full":
+            raise ConfigError(
+                f"DistillConfig.own_weight is {self.own_weight} in mode 'full', which compares with one teacher at a time; set mode "
+                "'salient' with k = the size of the vocabulary, which is the same, or own_weight = 1.0"
+            )
+        if self.rollouts == "teacher":
+            for wrong, what in ((self.mode == "sampled", "mode 'sampled', an estimate from"), (self.replay_routes, "replay_routes, of")):
+                if wrong:
+                    raise ConfigError(f"DistillConfig.rollouts is 'teacher' with {what} what the student wrote; set rollouts = 'student'")
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("DistillConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
 
@@ -185,9 +199,17 @@ def pack_domain(rollouts: list[Rollout], index: int, rows: int, max_length: int,
 
 
 class OnPolicy:
-    """A train.Source that samples its batches from the student it trains. Stateless: step and seed say everything."""
+    """A train.Source that samples its batches from the student it trains. Stateless: step and seed say everything. With a
+    ``TeachersEngine`` they are sampled from the teachers."""
 
-    def __init__(self, cfg: DistillConfig, setting: Setting, engine: Engine, scorers: dict[str, scoring.Scorer], stage: str = "distill"):
+    def __init__(
+        self,
+        cfg: DistillConfig,
+        setting: Setting,
+        engine: Engine | TeachersEngine,
+        scorers: dict[str, scoring.Scorer] | dict[str, mixtures.MixedScorer],
+        stage: str = "distill",
+    ):
         self.cfg, self.setting, self.engine, self.scorers, self.stage = cfg, setting, engine, scorers, stage
 
     def next(self, state: TrainState) -> tuple[dict[str, Any], Metrics]:
@@ -261,35 +283,50 @@ def train_step(cfg: DistillConfig, model: ModelConfig, num_domains: int, tx: opt
     return jax.jit(step, donate_argnums=(0,))
 
 
+def make_scorers(cfg: DistillConfig, teachers: dict[str, Teacher], setting: Setting) -> tuple[dict[str, Any], Any]:
+    """(domain -> scorer, ``members`` for the loss): of each domain's own teacher, or of the mixture. teachers: in the order of the domains.
+
+    Raises ConfigError where teachers of another tokenizer are mixed."""
+    sampled = cfg.mode == "sampled"
+    if cfg.own_weight < 1:
+        return mixtures.make_scorers(teachers, cfg.own_weight, setting.tokenizer, cfg.k, cfg.vocab_block, sampled), None
+    return scoring.make_scorers(
+        teachers,
+        setting.tokenizer,
+        cfg.k,
+        cfg.vocab_block,
+        sampled,
+        cfg.limits.show_tools,
+        cfg.teacher_max_length or cfg.max_length,
+        cfg.mode == "full",
+    )
+
+
 def run(cfg: DistillConfig, params: Params, teachers: dict[str, Teacher], setting: Setting, stage: str = "distill") -> Params:
     """Distil the teachers (domain -> Teacher) into the student ``params``. Resumable at every step.
 
-    Raises ConfigError for a domain without a teacher, and as ``scoring.check_mesh``."""
+    Raises ConfigError for a domain without a teacher, as ``scoring.check_mesh``, and for teachers of another tokenizer where they are
+    mixed or write the runs."""
     missing = [d for d in setting.domains if d not in teachers]
     if missing:
         raise ConfigError(f"distill: no teacher for domain {missing[0]}; teachers are {', '.join(sorted(teachers))}")
     for domain in setting.domains:
         scoring.check_mesh(teachers[domain], setting.mesh, f"of {domain}")
-    scorers, members = scoring.make_scorers(
-        {d: teachers[d] for d in setting.domains},
-        setting.tokenizer,
-        cfg.k,
-        cfg.vocab_block,
-        cfg.mode == "sampled",
-        cfg.limits.show_tools,
-        cfg.teacher_max_length or cfg.max_length,
-        cfg.mode == "full",
-    )
+    teachers = {d: teachers[d] for d in setting.domains}
+    scorers, members = make_scorers(cfg, teachers, setting)
     frozen = None
     if cfg.mode == "full":
         full.check(teachers, setting.mesh is not None)
-        frozen = full.frozen([teachers[d] for d in setting.domains], cfg.vocab_block)
+        frozen = full.frozen([*teachers.values()], cfg.vocab_block)
+    engine: Engine | TeachersEngine = Engine(setting.model, setting.tokenizer, cfg.limits)
+    if cfg.rollouts == "teacher":
+        engine = TeachersEngine(teachers, setting.tokenizer, cfg.limits)
 
     def make_step(tx: optax.GradientTransformation) -> Callable:
         compiled = train_step(cfg, setting.model, len(setting.domains), tx, members)
         return lambda state, data: compiled(state, data, frozen)  # an argument: a constant would be part of the program
 
     def make_source() -> OnPolicy:
-        return OnPolicy(cfg, setting, Engine(setting.model, setting.tokenizer, cfg.limits), scorers, stage)
+        return OnPolicy(cfg, setting, engine, scorers, stage)
 
     return train_stage(setting, cfg, params, stage, make_step, make_source)

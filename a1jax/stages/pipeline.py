@@ -18,7 +18,7 @@ from ..models import transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
 from ..types import Params
-from . import distill, evaluate, experts, fitting_mesh, folders, scoring, sft, teacher
+from . import distill, evaluate, experts, fitting_mesh, folders, mixtures, scoring, sft, teacher
 from .scoring import Teacher
 from .setting import MeshConfig, Setting, make_mesh
 
@@ -143,22 +143,51 @@ def open_tokenizer(cfg: Experiment, workdir: pathlib.Path) -> tokenizers.Tokeniz
 
 def train_all(cfg: Experiment, setting: Setting, given: dict[str, Teacher]) -> tuple[dict[str, Params], dict[str, str]]:
     """Every model of the table that was trained here by name, and which parameters taught each domain."""
-    show = cfg.limits.show_tools
-    data = {d: experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
-    mixed = [pair for d in cfg.domains for pair in data[d]]
+    data = stage_data(cfg, setting)
     with setting.on_mesh():
         models = {"base": setting.init_params()}
-    models["sft"] = sft.run(cfg.sft, models["base"], sft.Curriculum(cfg.sft, mixed, setting), setting)
-    for d in cfg.domains:
-        if teacher.stage_name(d) not in given:
-            models[teacher.stage_name(d)] = teacher.run(cfg.teachers[d], models["sft"], data[d], setting, d, show)
+    models["sft"] = train_sft(cfg, setting, models["base"], data)
+    models |= train_teachers(cfg, setting, models["sft"], data, given)
     chosen = admit(cfg, setting, models, given)
-    own = {name: Teacher(params, setting.model, setting.tokenizer) for name, params in models.items()}
-    teachers = {d: (own | given)[chosen[d]] for d in cfg.domains}
-    models["student"] = distill.run(cfg.distill, models["sft"], teachers, setting)
-    control = control_config(cfg)
-    models["sft_continued"] = sft.run(control, models["sft"], sft.Curriculum(control, mixed, setting), setting, stage="sft_continued")
+    models["student"] = distill.run(cfg.distill, models["sft"], teachers_of(cfg, setting, models, given, chosen), setting)
+    models["sft_continued"] = train_control(cfg, setting, models["sft"], data)
     return models, chosen
+
+
+def stage_data(cfg: Experiment, setting: Setting) -> dict[str, list]:
+    """Domain -> (steps, example) of its finite expert runs."""
+    show = cfg.limits.show_tools
+    return {d: experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)}
+
+
+def train_sft(cfg: Experiment, setting: Setting, base: Params, data: dict[str, list]) -> Params:
+    return sft.run(cfg.sft, base, sft.Curriculum(cfg.sft, _mixed(cfg, data), setting), setting)
+
+
+def train_teachers(
+    cfg: Experiment, setting: Setting, params: Params, data: dict[str, list], given: dict[str, Teacher]
+) -> dict[str, Params]:
+    """Name in the table -> parameters, of every domain whose teacher is not given; params: the model after stage 1."""
+    todo = {d: teacher.stage_name(d) for d in cfg.domains if teacher.stage_name(d) not in given}
+    return {name: teacher.run(cfg.teachers[d], params, data[d], setting, d, cfg.limits.show_tools) for d, name in todo.items()}
+
+
+def teachers_of(
+    cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher], chosen: dict[str, str]
+) -> dict[str, Teacher]:
+    """Domain -> who teaches it; chosen: of ``admit``."""
+    own = {name: Teacher(params, setting.model, setting.tokenizer) for name, params in models.items()}
+    return {d: (own | given)[chosen[d]] for d in cfg.domains}
+
+
+def train_control(cfg: Experiment, setting: Setting, params: Params, data: dict[str, list]) -> Params:
+    """Stage 1 continued at stage 3's compute."""
+    control = control_config(cfg)
+    return sft.run(control, params, sft.Curriculum(control, _mixed(cfg, data), setting), setting, stage="sft_continued")
+
+
+def _mixed(cfg: Experiment, data: dict[str, list]) -> list:
+    return [pair for d in cfg.domains for pair in data[d]]
 
 
 def admit(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher]) -> dict[str, str]:
@@ -168,7 +197,7 @@ def admit(cfg: Experiment, setting: Setting, models: dict[str, Params], given: d
         path = setting.workdir / f"admission/{name}.json"
         return evaluate.run(
             cfg.admission,
-            *_actor(cfg, setting, models, given, name),
+            *actor(cfg, setting, models, given, name),
             {d: cfg.family(d) for d in domains},
             f"{name} (admission)",
             path,
@@ -181,7 +210,7 @@ def admit(cfg: Experiment, setting: Setting, models: dict[str, Params], given: d
         return {d: name if teacher.admitted(success(name, [d]), before, d) else "sft" for d, name in names.items()}
 
 
-def _actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher], name: str) -> tuple[Params, Engine]:
+def actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: dict[str, Teacher], name: str) -> tuple[Params, Engine]:
     """The parameters of that name and what lets them act. A teacher of another tokenizer acts in its own tokens."""
     if name not in given:
         return models[name], Engine(setting.model, setting.tokenizer, cfg.limits)
@@ -194,10 +223,12 @@ def _actor(cfg: Experiment, setting: Setting, models: dict[str, Params], given: 
 def distill_flops_in_sft_steps(cfg: Experiment) -> float:
     """How many stage-1 steps cost what stage 3 costs, in model FLOPs.
 
-    Per token: 6 N to train, 2 N to score, 2 N to sample (N active parameters); rollouts are counted at their budget's packed rows.
+    Per token: 6 N to train, 2 N to score by each teacher that has a weight, 2 N to sample (N active parameters); rollouts are counted at
+    their budget's packed rows.
     """
     tokens = len(cfg.domains) * cfg.distill.rows * cfg.distill.max_length
-    return cfg.distill.steps * tokens * (6 + 2 + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
+    scorers = sum(share > 0 for share in mixtures.weights(cfg.distill.own_weight, 0, len(cfg.domains)))
+    return cfg.distill.steps * tokens * (6 + 2 * scorers + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
 
 
 def control_config(cfg: Experiment) -> sft.SftConfig:
@@ -213,7 +244,7 @@ def judge_all(cfg: Experiment, setting: Setting, models: dict[str, Params], give
     def score(name: str) -> dict:
         path = setting.workdir / f"evaluations/{name}.json"
         own = {d: family for d, family in setting.families.items() if cfg.elsewhere or name == teacher.stage_name(d)}
-        return evaluate.run(cfg.evaluation, *_actor(cfg, setting, models, given, name), own or setting.families, name, path)
+        return evaluate.run(cfg.evaluation, *actor(cfg, setting, models, given, name), own or setting.families, name, path)
 
     with setting.on_mesh():
         return {name: score(name) for name in (*models, *given)}

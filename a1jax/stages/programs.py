@@ -25,7 +25,7 @@ from ..models import decode, flops, transformer
 from ..models.config import ModelConfig
 from ..rollout import sampler
 from ..rollout.agent import Limits
-from . import distill, folders, grpo, scoring, sft, teacher
+from . import distill, folders, grpo, mixtures, scoring, sft, teacher
 from .pipeline import Experiment
 
 STAGES = ("sft", "teacher", "distill", "rollout")
@@ -167,10 +167,12 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
     batch, scores = place.batch(own.rows, own.max_length, _routes(own.replay_routes, model)), {}
     for domain, m in models.items():
         fn = scoring.score_step(m, own.k, own.vocab_block, own.mode == "sampled", everything)
-        args = (held[f"the teacher of {domain}"], batch)
-        scores[domain] = jax.eval_shape(fn, *args)
-        others = {n: p for n, p in held.items() if n != f"the teacher of {domain}"}
+        args, others = (held[f"the teacher of {domain}"], batch), {n: p for n, p in held.items() if n != f"the teacher of {domain}"}
         cost = flops.forward(m, own.limits.max_length, 0.0 if everything else 1.0)
+        if own.own_weight < 1:
+            fn, args, cost = _mixed(own, models, domain, held, batch)
+            others = {}
+        scores[domain] = jax.eval_shape(fn, *args)
         beside = {"the state": state, **others, **first}
         yield Program("distill", f"score/{domain}", fn, args, own.rows * own.max_length, cost, "distill", beside)
     rows = own.rows * len(models)
@@ -189,6 +191,15 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
     fn = distill.train_step(own, model, len(models), tx)
     cost = flops.training(model, own.limits.max_length, *_heads(own, model))
     yield Program("distill", "train_step", fn, (state, data, frozen), rows * own.max_length, cost, "distill", held | first)
+
+
+def _mixed(own: distill.DistillConfig, models: dict[str, ModelConfig], domain: str, held: dict[str, Any], batch: Any) -> tuple:
+    """(function, arguments, cost) of scoring a domain's rows by all teachers; their output matrices are read twice."""
+    shares = mixtures.weights(own.own_weight, list(models).index(domain), len(models))
+    some = {d: share for d, share in zip(models, shares, strict=True) if share > 0}
+    fn = mixtures.score_step(tuple(models[d] for d in some), tuple(some.values()), own.k, own.vocab_block, own.mode == "sampled")
+    each = [flops.forward(models[d], own.limits.max_length, 2.0) for d in some]
+    return fn, ([held[f"the teacher of {d}"] for d in some], batch), flops.total(each)
 
 
 def _heads(cfg: distill.DistillConfig, model: ModelConfig) -> tuple[float, float, float]:

@@ -154,7 +154,7 @@ def written(teacher: Params, batch: Batch, model: ModelConfig, block: int) -> Sc
 
 
 @functools.lru_cache(maxsize=16)
-def _jit(form, **static):
+def jitted(form, **static):
     """One compiled program per form and static arguments, whoever asks: teachers of one architecture share it."""
     return jax.jit(functools.partial(form, **static))
 
@@ -162,8 +162,8 @@ def _jit(form, **static):
 def score_step(model: ModelConfig, k: int, block: int, sampled: bool, everything: bool):
     """The jitted score(teacher's parameters, batch) -> Scores of a teacher of the student's tokenizer, by the mode of the loss."""
     if sampled:
-        return _jit(written, model=model, block=block)
-    return _jit(full.native, model=model) if everything else _jit(native, model=model, k=k, block=block)
+        return jitted(written, model=model, block=block)
+    return jitted(full.native, model=model) if everything else jitted(native, model=model, k=k, block=block)
 
 
 class Scorer:
@@ -211,7 +211,7 @@ class Scorer:
         at = positions.positions(turns, teacher.vocab_map)
         if is_sharded():
             theirs = put_batch(theirs, jax.sharding.get_mesh())
-        hidden = _jit(_hidden, model=teacher.model)(teacher.params, theirs)
+        hidden = jitted(_hidden, model=teacher.model)(teacher.params, theirs)
         unembed = transformer.unembed(teacher.params, teacher.model)
         found = vocab_align.aligned_targets(hidden, unembed, self.tables, at, 1 if self.everything else self.k, shape[0] * shape[1])
         mask = np.array(placed.batch.mask)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from a1jax import metrics
+from a1jax import config, metrics
 from a1jax import params as param_specs
 from a1jax.data import chat
 from a1jax.data.tokenizer import train_sentencepiece
@@ -18,6 +19,7 @@ from a1jax.stages import cross_tokenizer, experts, scoring, views
 from a1jax.stages.setting import Setting
 from a1jax.types import FINISHED, TRUNCATED, Rollout
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = tuple(QUICKSTART)
 FAMILIES = tuple(QUICKSTART.values())
 VOCABULARIES = {"search": (cross_tokenizer.digits, 608), "tool_calling": (cross_tokenizer.pieces, 720)}
@@ -123,3 +125,26 @@ class Guess(Domain):
 def guess():
     """guess(**knobs): the bandit's family."""
     return Guess
+
+
+@pytest.fixture(scope="session")
+def small_experiment(small_model):
+    """The quickstart with as little of every stage as there is."""
+    base = config.load(f"{ROOT}/experiments/quickstart.py:smoke")
+    stage = dataclasses.replace(base.sft, steps=2, rows=2, max_length=96, phases=(), loss_tile=None)
+    limits = dataclasses.replace(base.limits, slots=4, max_turns=2, max_turn_tokens=8, max_length=96)
+    phase = dataclasses.replace(base.teachers["search"].recipe[0], runs=experts.Runs({1: 2}), sft=stage)
+    return dataclasses.replace(
+        base,
+        model=small_model,
+        runs={d: experts.Runs({1: 4}) for d in base.domains},
+        sft=stage,
+        teachers={d: dataclasses.replace(base.teachers[d], recipe=(phase,)) for d in base.domains},
+        control=stage,
+        distill=dataclasses.replace(
+            base.distill, steps=1, prompts=2, lengths=(1,), rows=2, max_length=96, limits=dataclasses.replace(limits, temperature=1.0)
+        ),
+        evaluation=dataclasses.replace(base.evaluation, counts={1: 2}),
+        admission=dataclasses.replace(base.admission, counts={1: 2}),
+        limits=limits,
+    )

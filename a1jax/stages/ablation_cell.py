@@ -1,0 +1,124 @@
+"""Ablations of the three stages: an experiment with one thing changed, one of its models judged, as a cell of a sweep.
+
+Cells share what they have in common (``shared_stages``, in the sweep's folder ``shared``): stage 1 and the teachers are trained once a
+seed, and where two ablations ask for the same model (each contains the unchanged one) it is trained and judged once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from .. import config, metrics
+from ..config import ConfigError, bind
+from ..models import flops, transformer
+from ..types import FINISHED
+from . import evaluate, kept_runs, mixtures, pipeline, shared_stages, teacher
+from .pipeline import Experiment
+from .shared_stages import Judged, Trained
+from .sweep import Planned
+
+CURVES = ("ce/loss", "distill/kl", "distill/coverage", "rollout/entropy", "rollout/success")  # the last of every domain
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One value of an ablation. changes: as after ``--set``, of the experiment."""
+
+    changes: tuple[str, ...] = ()
+    judged: Judged = "student"
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationCell:
+    experiment: Experiment
+    judged: Judged
+
+
+def cells(base: Experiment, ablations: dict[str, dict[str, Value]], seeds: tuple[int, ...] = (0, 1, 2)) -> list[Planned]:
+    """A cell per value of every ablation and seed, seed by seed, so that a sweep that is stopped early has whole seeds.
+
+    Raises ConfigError for a change that does not fit, naming ablation and value."""
+    if not seeds:
+        raise ConfigError("seeds is empty; name at least one")
+    found = [(name, label, value) for name, values in ablations.items() for label, value in values.items()]
+    return [_planned(base, name, label, value, seed) for seed in seeds for name, label, value in found]
+
+
+def _planned(base: Experiment, ablation: str, label: str, value: Value, seed: int) -> Planned:
+    try:
+        experiment = config.override(base, [f"seed={seed}", *value.changes])
+    except ConfigError as error:
+        raise ConfigError(f"ablations.{ablation}.{label}: {error}") from None
+    axes = {"ablation": ablation, "value": label, "seed": seed}
+    return Planned(f"{ablation}-{label}-s{seed}", axes, AblationCell(experiment, value.judged), bind(run))
+
+
+def run(cell: AblationCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains what is not there yet, and judges; what ``sweep`` writes of it. workdir: <sweep>/cells/<name>."""
+    del axes
+    cfg, root = cell.experiment, workdir.parent.parent / "shared"
+    made = shared_stages.train(cfg, cell.judged, root)
+    where = shared_stages.folder_of(cfg, cell.judged, root)
+    with shared_stages.alone(where):
+        tasks = [record for name, domains in judged_on(cfg, cell.judged).items() for record in judge(cfg, made, name, domains, where)]
+    total, active = transformer.parameter_counts(cfg.model)
+    lines = {stage: [line for line in metrics.read(folder) if line["stage"] == stage] for stage, folder in made.stages.items()}
+    each = {stage: _trained(cfg, stage, lines[stage], made) for stage in made.stages}
+    won = {d: [task["success"] for task in tasks if task["domain"] == d] for d in cfg.domains}
+    rates = ", ".join(f"{d} {100 * sum(x) / max(1, len(x)):.1f} %" for d, x in won.items())
+    return {
+        "parameters": {"total": total, "active": active},
+        "train": {**{k: sum(e[k] for e in each.values()) for k in ("steps", "tokens", "flops")}, "stages": each, "taught_by": made.chosen},
+        "tasks": tasks,
+        "curves": {f"{stage}/{name}": points for stage, own in lines.items() for name, points in curves(own).items()},
+        "seconds": {"train": sum(e["seconds"] for e in each.values())},
+        "summary": f"success {rates}",
+    }
+
+
+def judged_on(cfg: Experiment, judged: Judged) -> dict[str, tuple[str, ...]]:
+    """Model -> the domains whose held-out tasks it is judged on: teachers on their own."""
+    if judged == "teachers":
+        return {teacher.stage_name(d): (d,) for d in cfg.domains}
+    return {judged: cfg.domains}
+
+
+def judge(cfg: Experiment, made: Trained, model: str, domains: Iterable[str], where: pathlib.Path) -> list[dict[str, Any]]:
+    """One record per held-out task; read back where the model was judged before. The runs are kept beside, as of every evaluation."""
+    path = where / f"evaluations/{model}.json"
+    with made.setting.on_mesh():
+        actor = pipeline.actor(cfg, made.setting, made.models, made.given, model)
+        evaluate.run(cfg.evaluation, *actor, {d: cfg.family(d) for d in domains}, model, path)
+    return [
+        {
+            "domain": kept.domain,
+            "steps": kept.metadata["steps"],
+            "task_id": kept.task_id,
+            "success": int(kept.status == FINISHED and kept.reward >= 1.0),
+            "status": kept.status,
+            "tokens": len(kept.metadata[kept_runs.KEY]["tokens"]),
+        }
+        for kept in kept_runs.read(evaluate.runs_of(path))
+    ]
+
+
+def _trained(cfg: Experiment, stage: str, lines: list[dict[str, Any]], made: Trained) -> dict[str, float]:
+    """Steps, tokens, FLOPs and seconds of one stage. Tokens: of its steps by the mean of those that were logged."""
+    facts = dataclasses.replace(made.setting, workdir=made.stages[stage]).facts(stage)
+    tokens = facts["steps"] * sum(line["tokens"] for line in lines) / max(1, len(lines))
+    length = cfg.limits.max_length // 2  # of attention's cost: about the mean run
+    cost = flops.training(cfg.model, length).model
+    if stage == "distill":  # and scored by each teacher that has a weight, and sampled
+        scorers = sum(share > 0 for share in mixtures.weights(cfg.distill.own_weight, 0, len(cfg.domains)))
+        cost += (scorers + 1) * flops.forward(cfg.model, length).model
+    return {"steps": facts["steps"], "tokens": round(tokens), "flops": tokens * cost, "seconds": facts["seconds"]}
+
+
+def curves(lines: list[dict[str, Any]], most: int = 100) -> dict[str, list[list[float]]]:
+    """Metric -> [step, value], every n-th so that there are at most so many."""
+    names = sorted({name for line in lines for name in line if name.startswith(CURVES)})
+    thinned = lines[:: max(1, -(-len(lines) // most))]
+    return {name: [[line["step"], round(line[name], 4)] for line in thinned if name in line] for name in names}
