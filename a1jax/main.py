@@ -161,10 +161,13 @@ def show(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Writes the page of each run, finished or not, and prints the table of all of them that have judged a model."""
-    from a1jax.analysis import page, seeds
+    """Writes the page of each run or sweep, finished or not, and prints the table of all runs that have judged a model."""
+    from a1jax.analysis import page, seeds, sweep_page
 
-    folders = [pathlib.Path(folder) for folder in args.runs]
+    given = [pathlib.Path(folder) for folder in args.runs]
+    for folder in filter(sweep_page.is_sweep, given):
+        print(sweep_page.write(folder))
+    folders = [folder for folder in given if not sweep_page.is_sweep(folder)]
     for folder in folders:
         print(page.write(folder))
     waiting = [folder for folder in folders if not page.read_scores(folder)]
@@ -299,8 +302,12 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--model", metavar="NAME", help="whose runs: an evaluation's name, admission/NAME or STAGE@STEP (default: any)")
     each.add_argument("--html", metavar="FILE", help="where to write the page (default: RUN/pages/, for a file nowhere)")
     each.add_argument("--list", action="store_true", help="list the runs that can be read")
-    each = commands.add_parser("report", help="write the page of runs", description="Writes RUN/report.html; prints a table of all.")
-    each.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, finished or not; several seeds of one experiment are pooled")
+    each = commands.add_parser(
+        "report", help="write the page of runs or sweeps", description="Writes RUN/report.html; prints a table of all runs."
+    )
+    each.add_argument(
+        "runs", metavar="RUN", nargs="+", help="folders of runs or sweeps, finished or not; several seeds of one experiment are pooled"
+    )
     return parser
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..domains.stopping import STOPS
 from ..stages.evaluate import wilson
 from ..types import STATUSES
-from .figures import Bars, Figure, Line, Panel
+from . import expert_load
+from .figures import Bars, Figure, Groups, Line, Panel, Rate
 
 FIRST, TEACHER, LAST = ("base", "sft", "sft_continued"), "teacher_", "student"
 SHARES = (-0.03, 1.03)
@@ -76,6 +77,23 @@ def by_length(scores: dict[str, dict]) -> Figure:
     return Figure("success_by_length", "Success by task length", caption, tuple(panels))
 
 
+def by_domain(scores: dict[str, dict]) -> Figure:
+    """Every domain's base, SFT, SFT continued, own teacher and student side by side, as table 4 of arXiv 2606.30616 has them."""
+    domains = domains_of(scores)
+    found = {d: {_own(m, d): scores[m][d] for m in models_of(scores, d)} for d in domains}
+    shown = [m for m in (*FIRST, "teacher", LAST) if any(m in of_domain for of_domain in found.values())]
+    rates = {m: tuple(_rate(found[d].get(m)) for d in domains) for m in shown}
+    ns = sorted({bar.n for bars in rates.values() for bar in bars if bar})
+    title = f"n = {ns[0]} runs a bar" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]} runs a bar" if ns else ""
+    caption = "Success on all held-out tasks of a domain; teacher: the domain's own. Bars are 95 % Wilson intervals."
+    panel = Groups(title, "domain", "success (held-out tasks)", tuple(domains), rates)
+    return Figure("success_by_domain", "Success by domain", caption, (panel,) if shown else ())
+
+
+def _rate(score: dict[str, Any] | None) -> Rate | None:
+    return Rate(score["success"], score["low"], score["high"], score["n"]) if score and score["n"] else None
+
+
 def statuses(scores: dict[str, dict]) -> Figure:
     caption = "FINISHED: the verifier said yes; FAILED: it said no; TRUNCATED: a budget cut the run; ABORTED: its environment broke."
     return _stacked(scores, "statuses", "How runs ended", caption, STATUSES)
@@ -139,5 +157,5 @@ def _short(name: str) -> str:
 
 def figures(scores: dict[str, dict], lines: list[dict[str, Any]]) -> list[Figure]:
     """All that there is something to show in, in the order of the page."""
-    judged = [by_length(scores), statuses(scores), stops(scores)] if scores else []
-    return [f for f in (*judged, losses(lines), *curves(lines)) if f.panels]
+    judged = [by_domain(scores), by_length(scores), statuses(scores), stops(scores)] if scores else []
+    return [f for f in (*judged, losses(lines), *curves(lines), expert_load.figure(lines)) if f.panels]

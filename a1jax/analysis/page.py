@@ -15,7 +15,7 @@ from ..config import ConfigError
 from ..domains.stopping import STOPS
 from ..stages import kept_runs
 from ..types import STATUSES
-from . import behaviour, figures
+from . import behaviour, drawing, figures
 
 FILE, FOLDER = "report.html", "report"
 
@@ -50,7 +50,7 @@ def write(workdir: pathlib.Path, devices: str | None = None) -> pathlib.Path:
         behaviour=tables["behaviour"],
         statuses=STATUSES,
         stops=STOPS,
-        figures=[(figure, _image(figure)) for figure in drawn],
+        figures=[(figure, image(figure)) for figure in drawn],
         kept=kept_files(workdir),
         folder=FOLDER,
     )
@@ -87,9 +87,9 @@ def _results(workdir: pathlib.Path) -> dict[str, Any]:
     return found if "domains" in found else {}
 
 
-def _image(figure: figures.Figure) -> str:
+def image(figure: figures.Figure) -> str:
     """A data address: inside an image a figure's SVG cannot meet another's names."""
-    return "data:image/svg+xml;base64," + base64.b64encode(figures.draw(figure).encode()).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(drawing.draw(figure).encode()).decode()
 
 
 @functools.cache

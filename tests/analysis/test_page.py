@@ -5,7 +5,7 @@ import math
 import pytest
 
 from a1jax import metrics, provenance
-from a1jax.analysis import behaviour, figures, page
+from a1jax.analysis import behaviour, drawing, figures, page
 from a1jax.analysis.figures import Bars, Figure, Line, Panel
 from a1jax.config import ConfigError
 from a1jax.main import main
@@ -92,7 +92,7 @@ def test_csv_holds_the_numbers_of_the_figure_unrounded():
         ("b", "FAILED", "m", 0.25, ""),
         ("b", "FAILED", "n", 1.0, ""),
     ]
-    assert figures.draw(figure) == figures.draw(figure) and figures.to_csv([]).startswith("panel,")
+    assert drawing.draw(figure) == drawing.draw(figure) and figures.to_csv([]).startswith("panel,")
 
 
 def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):

@@ -1,0 +1,83 @@
+"""report.html of a sweep, finished or still running: its cells, what they say and the figures, with every number as CSV in ``report/``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from .. import provenance
+from ..config import ConfigError
+from . import ablation_plots, figures, horizon_plots, page
+from . import sweep as sweeps
+from .sweep import Cell, Sweep
+
+PLAN = "sweep.json"
+TRAINED = ("tokens", "flops", "longest_piece", "mean_piece", "feedback")
+
+
+def is_sweep(folder: pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / PLAN).is_file()
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the page and its CSV files; the page's path. Raises ConfigError for a folder without a finished cell."""
+    folder = pathlib.Path(folder)
+    sweep = sweeps.load(folder)
+    if not sweep.cells:
+        why = f"; {sweep.failed[0].name} failed: {sweep.failed[0].error}" if sweep.failed else ""
+        count = len(sweep.failed) + len(sweep.missing)
+        raise ConfigError(f"{folder}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
+    findings, drawn, unfit = _of(sweep)
+    tables = {"cells": cell_rows(sweep), "points": horizon_plots.points(sweep), **{f.name: figures.rows(f) for f in drawn}}
+    for name, table in tables.items():
+        page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
+    text = page.template("sweep.html.jinja").render(
+        name=sweep.name,
+        axes=sweep.axes,
+        rows=tables["cells"],
+        finished=len(sweep.cells),
+        failed=len(sweep.failed),
+        missing=len(sweep.missing),
+        unlisted=sweep.unlisted,
+        findings=findings,
+        unfit=unfit,
+        figures=[(figure, page.image(figure)) for figure in drawn],
+        told=provenance.read(folder),
+        results={},
+        folder=page.FOLDER,
+    )
+    page.put(folder / page.FILE, text)
+    return folder / page.FILE
+
+
+def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], str]:
+    """(findings, figures, why no law was fitted where it should have been)."""
+    if not horizon_plots.has_horizons(sweep.axes):
+        return [], ablation_plots.figures(sweep), ""
+    return [], horizon_plots.measured(sweep), ""
+
+
+def cell_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """A row per planned cell in the order of the plan: "cell", "state" (finished, failed, not run yet), its axes and what it has; "" for
+    what it has not. "error": of a failed one."""
+    finished, failed = {cell.name: cell for cell in sweep.cells}, {cell.name: cell for cell in sweep.failed}
+    return [_row(name, finished.get(name), failed.get(name), list(sweep.axes)) for name in _planned(sweep)]
+
+
+def _planned(sweep: Sweep) -> list[str]:
+    if sweep.folder is None:
+        return [*(cell.name for cell in sweep.cells), *(cell.name for cell in sweep.failed), *sweep.missing]
+    return json.loads((sweep.folder / PLAN).read_text())["cells"]
+
+
+def _row(name: str, cell: Cell | None, failed: sweeps.Failure | None, axes: list[str]) -> dict[str, Any]:
+    found = cell.axes if cell else failed.axes if failed else {}
+    row = {"cell": name, "state": "finished" if cell else "failed" if failed else "not run yet", **{a: found.get(a, "") for a in axes}}
+    train, seconds = (cell.train, cell.seconds) if cell else ({}, {})
+    row |= {key: cell.parameters[key] if cell else "" for key in ("active", "total")}
+    row |= {"train_steps": train.get("steps", ""), **{key: train.get(key, "") for key in TRAINED}}
+    wins = sweeps.rate(sum(t["success"] for t in cell.tasks), len(cell.tasks)) if cell else {}
+    row |= {key: wins.get(key, "") for key in ("wins", "n", "success", "low", "high")}
+    row |= {f"seconds_{key}": seconds.get(key, "") for key in ("train", "evaluate")}
+    return row | {"error": failed.error if failed else ""}
