@@ -89,6 +89,9 @@ def table(cells: Sequence[Cell]) -> Table:
     tasks = list(dict.fromkeys((t["domain"], t["steps"], t["task_id"]) for c in cells for t in c.tasks))
     if not tasks:
         raise ConfigError("no held-out tasks in any cell: nothing to fit")
+    short = next((task for task in tasks if task[1] < 1), None)
+    if short is not None:
+        raise ConfigError(f"held-out task {short[2]} of {short[0]} has {short[1]} steps; the law needs at least 1")
     place = {task: i for i, task in enumerate(tasks)}
     groups = tuple(sorted({(domain, steps) for domain, steps, _ in tasks}))
     success = np.full((len(cells), len(tasks)), np.nan)
@@ -141,20 +144,20 @@ class Scale:
 
 
 def scale(t: Table) -> Scale:
-    columns = {name: _logs(name, getattr(t, name)) for name in ("active", "total", "tokens", "feedback")}
+    columns = {name: logs(name, getattr(t, name)) for name in ("active", "total", "tokens", "feedback")}
     columns["steps"] = np.repeat(np.log2([s for _, s in t.groups]), np.maximum(1, t.counts[1].sum(0)).astype(int))
     return Scale(
         {name: float(values.mean()) for name, values in columns.items()}, {name: float(values.std()) for name, values in columns.items()}
     )
 
 
-def _logs(name: str, values: Any) -> np.ndarray:
+def logs(name: str, values: Any) -> np.ndarray:
     return np.log2(np.asarray(values, float) + (1.0 if name == "feedback" else 0.0))
 
 
 def design(form: Form, at: Scale, domains: Sequence[str], of: dict[str, Any], domain: Sequence[str]) -> np.ndarray:
     """[R, P]: one column per domain, then sizes, horizon, steps, interaction. of: name -> [R] values in their own units."""
-    x = {name: _logs(name, values) - at.centre[name] for name, values in of.items()}
+    x = {name: logs(name, values) - at.centre[name] for name, values in of.items()}
     columns = [np.array([d == known for d in domain], float) for known in domains]
     columns += [x[name] for name in form.sizes]
     columns += [] if form.measure == "none" else [x[form.measure]]

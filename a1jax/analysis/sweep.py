@@ -102,7 +102,8 @@ def from_json(written: dict[str, Any], place: Any) -> Cell:
             raise ConfigError(f"{place}: parameters.{key} is {fields['parameters'].get(key)}; a model has at least 1")
     for number, task in enumerate(fields["tasks"]):
         for key, kind in _TASK.items():
-            _field(task, key, kind, f"{place}: tasks.{number}")
+            if type(task.get(key)) is not kind:
+                _field(task, key, kind, f"{place}: tasks.{number}")
         if task["success"] not in (0, 1):
             raise ConfigError(f"{place}: tasks.{number}.success is {task['success']}; it is 0 or 1")
     return Cell(**{**fields, "tasks": tuple(fields["tasks"])})

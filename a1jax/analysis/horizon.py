@@ -1,0 +1,139 @@
+"""How far the horizon stands in for size: one door to the analysis of a sweep over both.
+
+    found = sweep.load("runs/horizon")
+    law = analyse(sweep.where(found.cells, budget="tokens"))    # table, fit, bootstrap; which form and measure predict best
+    exchange(law, 32_768, 96).sentence                          # how many times more parameters one doubling of the horizon is worth
+    predict(law, 32_768, 96), iso(law, 0.5), stops(law), costs(law, 0.5)
+    summary(found)                                              # all of it in sentences
+
+Nothing is extrapolated in silence: every result says whether its point lies inside the grid of the cells that were fitted, and if not, a
+warning says where it lies outside.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..config import ConfigError
+from .horizon_cost import Cost, Costs, costs
+from .horizon_fit import Form, Score, folds
+from .horizon_law import Law, Prediction, analyse, inside, predict, warning
+from .horizon_rate import Iso, Rate, exchange, iso
+from .horizon_stops import Stop, stops
+from .sweep import Sweep, rates
+
+__all__ = [
+    "Cost",
+    "Costs",
+    "Form",
+    "Iso",
+    "Law",
+    "Prediction",
+    "Rate",
+    "Score",
+    "Stop",
+    "analyse",
+    "better_measure",
+    "costs",
+    "exchange",
+    "inside",
+    "iso",
+    "middle",
+    "predict",
+    "rows",
+    "stops",
+    "summary",
+    "warning",
+]
+
+
+def middle(law: Law) -> tuple[float, float]:
+    """(active parameters, horizon) in the grid's middle, the geometric mean over cells."""
+    less = 1.0 if law.form.measure == "feedback" else 0.0
+    return 2.0 ** law.scale.centre["active"], 2.0 ** law.scale.centre[law.form.measure] - less
+
+
+def better_measure(law: Law) -> tuple[str | None, str]:
+    """(whether "tokens" or "feedback" predicts held-out runs better, or None where the folds do not agree or there is one measure; why)."""
+    best = {m: next((s for s in law.scores if s.form.measure == m and s.form.sizes), None) for m in ("tokens", "feedback")}
+    tokens, feedback = best["tokens"], best["feedback"]
+    if tokens is None or feedback is None or math.isnan(tokens.held_out):
+        return None, "Tokens and effective feedback could not be compared."
+    name, ahead = ("tokens", tokens) if tokens.held_out >= feedback.held_out else ("feedback", feedback)
+    behind = feedback if ahead is tokens else tokens
+    wins = sum(a > b for a, b in zip(ahead.by_fold, behind.by_fold, strict=True))
+    left_out = folds(law.table)[1]
+    text = f"effective feedback {feedback.held_out:.4f}, tokens {tokens.held_out:.4f} nats per run on left-out {left_out}"
+    if wins < len(ahead.by_fold):
+        return (
+            None,
+            f"Neither measure of the horizon predicts success better in every fold: {text}; {name} in {wins} of {len(ahead.by_fold)}.",
+        )
+    long = "Effective feedback" if name == "feedback" else "The horizon in tokens"
+    return name, f"{long} predicts success better, in all {wins} folds: {text}."
+
+
+def summary(found: Sweep, draws: int = 400, targets: tuple[float, ...] = (0.5,)) -> list[str]:
+    """What the sweep says, in sentences, each budget (and arm) by itself."""
+    said = [f"Sweep {found.name}: {len(found.cells)} cells finished, {len(found.failed)} failed, {len(found.missing)} missing."]
+    said += [f"Failed: {f.name}: {f.error}" for f in found.failed]
+    parts = _parts(found)
+    for name, cells in parts.items():
+        head = f"[{name}] " if len(parts) > 1 else ""
+        try:
+            law = analyse(cells, draws=draws)
+        except ConfigError as error:
+            said.append(f"{head}No law: {error}.")
+            continue
+        said += [head + line for line in _of_law(law, targets)]
+    return said
+
+
+def _parts(found: Sweep) -> dict[str, list]:
+    """Cells by all axes but size, horizon and seed."""
+    parts: dict[str, list] = {}
+    for cell in found.cells:
+        rest = ", ".join(f"{axis} {value}" for axis, value in cell.axes.items() if axis not in ("size", "horizon", "seed"))
+        parts.setdefault(rest, []).append(cell)
+    return parts
+
+
+def _of_law(law: Law, targets: tuple[float, ...]) -> list[str]:
+    best = law.scores[0]
+    score = "" if math.isnan(best.held_out) else f" ({best.held_out:.4f} nats per held-out run; without the horizon {_without(law)})"
+    said = [f"The law of {law.form} over {len(law.table.cells)} cells and {int(law.table.counts[1].sum())} runs{score}."]
+    said += [f"Note: {note}." for note in law.notes]
+    said += [better_measure(law)[1], exchange(law, *middle(law)).sentence]
+    said += [s.sentence for s in stops(law)]
+    for target in targets:
+        try:
+            said.append(costs(law, target).sentence)
+        except ConfigError as error:
+            said.append(f"No costs: {error}.")
+    return said
+
+
+def _without(law: Law) -> str:
+    return next((f"{s.held_out:.4f}" for s in law.scores if s.form.measure == "none"), "unknown")
+
+
+def rows(found: Sweep, draws: int = 400) -> list[dict[str, Any]]:
+    """One row per cell's place (all axes but the seed), domain and number of steps, ready for CSV: observed success with its interval, and
+    the law's, which is fitted to each budget (and arm) by itself; empty where there is none."""
+    out = []
+    for cells in _parts(found).values():
+        axes = [axis for axis in cells[0].axes if axis != "seed"]
+        try:
+            law = analyse(cells, draws=draws)
+        except ConfigError:
+            law = None
+        places = {tuple(c.axes.get(a) for a in axes): c for c in cells}
+        for row in rates(cells, [*axes, "domain", "steps"]):
+            cell = places[tuple(row[a] for a in axes)]
+            row = {**{a: row[a] for a in axes}, **cell.parameters, **{k: v for k, v in row.items() if k not in axes}}
+            if law is not None:
+                p = predict(law, cell.parameters["active"], cell.axes["horizon"], row["steps"], row["domain"], cell.parameters["total"])
+                row |= {"law": p.success, "law_low": p.low, "law_high": p.high, "inside": p.inside, "warning": p.warning}
+            out.append(row)
+    return out
