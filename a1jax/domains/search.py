@@ -77,6 +77,7 @@ class SearchTask(Task):
     graph: Graph = None
     start: int = 0
     relations: tuple[str, ...] = ()
+    first: int = 1  # number of the first relation
 
     tools = TOOLS
 
@@ -102,11 +103,11 @@ class SearchTask(Task):
     def expert(self) -> Generator[Turn, Observation, None]:
         found = yield Turn("find", Call("search", {"query": self.graph.description(self.start)}))
         page = found.text
-        thought = f"start{page} next 1"
-        for number, relation in enumerate(self.relations, 1):
+        thought = f"start{page} next {self.first}"
+        for number, relation in enumerate(self.relations, self.first):
             seen = yield Turn(thought, Call("read_page", {"title": page}))
             page = "@" + seen.text.split(f" {relation}@")[1].split(" ")[0]
-            following = f" {number + 1}" if number < self.steps else " end"
+            following = f" {number + 1}" if number < self.first + self.steps - 1 else " end"
             thought = f"step {number} {relation}{page} next{following}"
         yield Turn(thought, answer=page)
 
@@ -128,19 +129,27 @@ class SearchTask(Task):
 class Search(Domain):
     name: str = "search"
     degree: int = 3  # links per page: more make pages longer and guessing harder
+    pages: int = (
+        0  # per graph, whatever the length; 0: more for longer chains. Up to 64 all titles are short, in long runs as in short ones
+    )
+    numbers: int = 0  # relations get consecutive numbers of 1 .. numbers, begun anywhere: short runs then show them all; 0: begun at 1
 
     def __post_init__(self):
         if not 1 <= self.degree <= len(RELATIONS):
             raise ConfigError(f"search.degree is {self.degree}; it must be between 1 and {len(RELATIONS)}")
+        if self.numbers < 0 or not (self.pages == 0 or self.pages > 2 * self.degree):
+            raise ConfigError(f"search.numbers is {self.numbers} and pages {self.pages}; give 0, or more than twice the degree of pages")
 
     def propose(self, seed: int, steps: int, split: Split = "train") -> SearchTask:
         """A controlled random walk without revisits; a walk that ends in a dead end is begun anew.
 
-        Raises ConfigError when steps is less than 1.
+        Raises ConfigError when steps is less than 1, or more than ``numbers`` or three quarters of ``pages`` allow.
         """
         if steps < 1:
             raise ConfigError(f"search: a task needs at least 1 step, got {steps}")
-        size = CORE * max(1, -(-4 * steps // CORE))
+        if (self.numbers and steps > self.numbers) or (self.pages and 4 * steps > 3 * self.pages):
+            raise ConfigError(f"search: {steps} steps need as many numbers ({self.numbers}) and a third more pages ({self.pages})")
+        size = self.pages or CORE * max(1, -(-4 * steps // CORE))
         graph = Graph(seed, size, self.degree, split)
         rng = np.random.default_rng([seed, steps, zlib.crc32(f"{self.name}/{split}".encode())])
         walk: list[int] = []
@@ -153,7 +162,8 @@ class Search(Domain):
                 relations.append(sorted(links)[int(rng.integers(len(links)))])
                 walk.append(links[relations[-1]])
         titles = [title(i) for i in walk]
-        plan = "".join(f" {number} {relation}" for number, relation in enumerate(relations, 1))
+        first = 1 + int(rng.integers(self.numbers - steps + 1)) if self.numbers else 1
+        plan = "".join(f" {number} {relation}" for number, relation in enumerate(relations, first))
         return SearchTask(
             domain=self.name,
             task_id=f"search-{split}-{steps}-{seed}",
@@ -165,6 +175,7 @@ class Search(Domain):
             graph=graph,
             start=walk[0],
             relations=tuple(relations),
+            first=first,
         )
 
     def scaffold(self) -> tuple[str, ...]:

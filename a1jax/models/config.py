@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -173,6 +174,21 @@ def tiny(**changes) -> ModelConfig:
     return _small(**changes)
 
 
+NANO_WIDTHS = (16, 32, 48, 80, 128)
+"""Of the members that ``nano`` makes: from the first to the last 31 times the active parameters, 59 times without the embedding."""
+
+
+def nano(width: int, **changes) -> ModelConfig:
+    """``tiny`` at another width, a multiple of 16: the same two layers, heads and experts, everything inside as wide as the stream.
+
+    At 608 ids, parameters used by a token with the embedding and without: width 16: 17,548 and 7,820; 32: 49,428 and 29,972; 48: 95,644
+    and 66,460; 80: 231,084 and 182,444; 128: 541,764 and 463,940.
+    """
+    sizes = {"d_model": width, "head_dim": width // 2, "linear_key_head_dim": width // 2, "linear_value_head_dim": width // 2,
+             "expert_width": width, "shared_expert_width": width, "vocab_size": 608}  # fmt: skip
+    return _small(**{**sizes, **changes})
+
+
 def tiny_deep(**changes) -> ModelConfig:
     """The reference's pattern of three gated delta nets and one attention layer, at width 64."""
     return _small(**{"num_layers": 4, "full_attention_interval": 4, **changes})
@@ -206,6 +222,7 @@ def one_billion(**changes) -> ModelConfig:
 NAMED = {
     "qwen3_5_35b_a3b": qwen3_5_35b_a3b,
     "one_billion": one_billion,
+    **{f"nano_{width}": functools.partial(nano, width) for width in NANO_WIDTHS},
     "tiny": tiny,
     "tiny_deep": tiny_deep,
     "small": small,

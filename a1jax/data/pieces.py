@@ -1,0 +1,113 @@
+"""Cutting long runs to a horizon: what a model trains on that never sees more than so many tokens of one run.
+
+A *consult* is a piece of a run with its question in front and everything between the two dropped, as an agent with a sliding context sees
+it. Pieces are examples of their own: packed into one row they do not see each other (segments), nor anything that was dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from a1jax.data.errors import DataError
+from a1jax.data.packing import Example
+
+Arm = Literal["consults", "solvable"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of one run. places: int32 [T], where in the run each token stood. turns: model turns that end in it. question: it has the
+    run's question in front. observations: in it, whole or in part; demanded: those of the whole run."""
+
+    example: Example
+    places: np.ndarray
+    turns: int
+    question: bool
+    observations: int
+    demanded: int
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+
+def cut(run: Example, horizon: int, arm: Arm = "consults") -> list[Piece]:
+    """The pieces of at most ``horizon`` tokens that a run gives, in its order.
+
+    A run that fits is one piece, whole. Of a longer one "solvable" gives nothing, and "consults" the following. The run is seen as its
+    question (all before the model's first token) and steps: a turn of the model with what came before it, the observation. A piece is the
+    question and as many steps in a row as fit; the next piece begins at the next step. What is dropped from it: all steps before it.
+    Where not even one step fits behind the question, the piece is steps alone. A step that does not fit alone loses the beginning of its
+    observation (the first one that of the question); a turn that does not fit alone is cut into windows, each with the token before it
+    for context. Every token that the model wrote is the target of exactly one piece; the dropped turns leave no trace but the prompt's
+    end, after which the observation follows.
+    Raises DataError for a horizon below 2 tokens.
+    """
+    if horizon < 2:
+        raise DataError(f"a horizon of {horizon} tokens holds no token and the one it predicts: use at least 2")
+    ends = turn_ends(run.mask)
+    if len(run) <= horizon:
+        return [_piece(run, np.arange(len(run)), len(ends), True)]
+    if arm == "solvable" or not len(ends):
+        return []
+    question = int(np.argmax(run.mask > 0))
+    starts = [question, *ends[:-1]]
+    ends = [*ends[:-1], len(run)]  # what follows the last turn (a line's end) stays with it
+    pieces, at = [], 0
+    while at < len(starts):
+        front = question if question + ends[at] - starts[at] <= horizon else 0
+        if ends[at] - starts[at] > horizon or (at == 0 and not front):
+            pieces += _windows(run, starts[at], ends[at], horizon)
+            at += 1
+            continue
+        last = at
+        while last + 1 < len(starts) and front + ends[last + 1] - starts[at] <= horizon:
+            last += 1
+        places = np.concatenate([np.arange(front), np.arange(starts[at], ends[last])])
+        pieces.append(_piece(run, places, last - at + 1, front > 0))
+        at = last + 1
+    return pieces
+
+
+def turn_ends(mask: np.ndarray) -> list[int]:
+    """Where the model's turns end: the places after the last token of every stretch of mask 1."""
+    return (np.flatnonzero(np.diff(np.append(mask > 0, False).astype(np.int8)) < 0) + 1).tolist()
+
+
+def _windows(run: Example, start: int, end: int, horizon: int) -> list[Piece]:
+    """Pieces of one step that is longer than the horizon: windows that end where it ends, the earliest of them from before its turn.
+    The first turn has no observation, but the end of the question."""
+    first = start + int(np.argmax(run.mask[start:end] > 0))  # of the tokens to be predicted
+    floor = start if first > start else 0
+    spans, stop = [(max(end - horizon, floor), end)], end
+    while spans[0][0] >= first:
+        stop = spans[0][0] + 1
+        spans.insert(0, (max(stop - horizon, floor), stop))
+    return [
+        _piece(run, np.arange(begin, stop), int(stop == end), False, begin if begin >= first else -1)  # that token is the last one of the
+        for begin, stop in spans  # window before, and nobody's target here
+    ]
+
+
+def _piece(run: Example, places: np.ndarray, turns: int, question: bool, context: int = -1) -> Piece:
+    """context: the place of a token that is there to be read only."""
+    mask = np.where(places == context, np.float32(0), run.mask[places])
+    routes = None if run.routes is None else run.routes[places]
+    example = Example(run.tokens[places], mask, run.domain, routes)
+    seen, demanded = (len(_observed(run, where)) for where in (places, np.arange(len(run))))
+    return Piece(example, places.astype(np.int32), turns, question, seen, demanded)
+
+
+def _observed(run: Example, places: np.ndarray) -> set[int]:
+    """Numbers of the observations that some of these places belong to: what stands between two turns of the model."""
+    written = run.mask > 0
+    number = np.cumsum(np.diff(written.astype(np.int8), prepend=0) < 0)  # turns that have ended before, or here
+    between = ~written & (number > 0) & (number < number[-1] + written[-1])
+    return set(number[places][between[places]].tolist())
+
+
+def square_length(lengths: list[int]) -> float:
+    """The length whose runs cost attention per token what these pieces do on average: sum of squares over sum."""
+    return sum(n * n for n in lengths) / max(1, sum(lengths))

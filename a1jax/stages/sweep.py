@@ -1,0 +1,159 @@
+"""Sweeps: many small independent runs, the cells of a grid, each of which leaves one JSON file.
+
+    <workdir>/sweep.json                {"format": "a1jax.sweep/1", "name", "axes": {axis: [values in order]}, "cells": [names in order]}
+    <workdir>/cells/NAME/cell.json      a finished cell: {"format": "a1jax.cell/1", "name", "axes", ...what its function returned,
+                                        "machine", "commit"}
+    <workdir>/cells/NAME/failed.json    one that failed: {"name", "axes", "error", "traceback"}; tried again at the next start
+
+A start runs the cells of its shard that have no cell.json, one after the other. Shards share nothing but the folder: they may run side
+by side on machines that see it, or one after the other, also cut in another number of shards than before. A cell that was stopped goes on
+as its function knows how to, from what lies in cells/NAME.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import interruption, provenance
+from ..config import Binding, ConfigError
+
+FORMAT, CELL_FORMAT = "a1jax.sweep/1", "a1jax.cell/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A cell to be run. run(config, axes, workdir) -> what is written of it but name, axes, machine and commit; it may keep in workdir what
+    it wants to go on from, in a folder ``stages``, which is removed in the end. cost: in any unit, to foretell the time that is left."""
+
+    name: str
+    axes: dict[str, Any]
+    config: Any
+    run: Callable[[Any, dict[str, Any], pathlib.Path], dict[str, Any]]
+    cost: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    name: str  # default run directory: runs/<name>
+    main: Binding  # what a run does with this config: a function of (cfg, workdir), such as ``run``
+    cells: Binding  # a function of nothing that returns the cells (Planned), in the order in which they are run
+    shard: str = "0/1"  # i/n: this start runs every n-th cell, from the i-th; may differ from start to start
+    keep_stages: bool = False  # keep parameters and checkpoints of finished cells
+
+    def __post_init__(self):
+        shard_of(self.shard)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n". Raises ConfigError for anything but 0 <= i < n."""
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise ConfigError(f"shard is '{text}'; write i/n with i from 0 to n - 1, such as 0/2 and 1/2")
+    return int(i), int(n)
+
+
+def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
+    """Runs what this shard has not finished yet; {"finished": names, "failed": names} of the whole sweep afterwards.
+
+    Whatever a cell raises is written down and the next one begins, but for a request to stop. Raises ConfigError for cells that share a
+    name, or for a folder that holds other cells."""
+    workdir, planned = pathlib.Path(workdir), list(cfg.cells())
+    write_plan(cfg.name, planned, workdir)
+    i, n = shard_of(cfg.shard)
+    mine = [cell for cell in planned[i::n] if not _file(workdir, cell).exists()]
+    entry = provenance.collect([], None)
+    facts = {"machine": _machine(entry), "commit": entry["commit"]}
+    began, spent, left = time.perf_counter(), 0.0, sum(cell.cost for cell in mine)
+    print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(planned[i::n])} cells to run", flush=True)
+    for number, cell in enumerate(mine, 1):
+        since = time.perf_counter()
+        outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
+        spent, left = spent + cell.cost, left - cell.cost
+        now = time.perf_counter()
+        rest = (now - began) / spent * left if spent else 0.0
+        print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; about {rest / 60:.0f} min left", flush=True)
+        interruption.point()
+    return summary(planned, workdir)
+
+
+def run_cell(cell: Planned, workdir: pathlib.Path, facts: dict[str, Any], keep_stages: bool = False) -> str:
+    """Runs one cell and writes its cell.json, or failed.json; one line on how it went."""
+    folder = workdir / "cells" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {"name": cell.name, "axes": cell.axes}
+    try:
+        found = cell.run(cell.config, cell.axes, folder)
+        write_json(folder / "cell.json", {"format": CELL_FORMAT, **head, **found, **facts})
+    except Exception as error:  # a stop is none
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        write_json(folder / "failed.json", {**head, "error": line, "traceback": traceback.format_exc()})
+        return f"failed, {line[:200]}"
+    (folder / "failed.json").unlink(missing_ok=True)
+    if not keep_stages:
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+    return str(found.get("summary", "finished"))
+
+
+def write_plan(name: str, planned: Sequence[Planned], workdir: pathlib.Path) -> None:
+    """sweep.json. Raises ConfigError where two cells share a name, or where the folder holds a sweep of other cells."""
+    names = [cell.name for cell in planned]
+    if not names:
+        raise ConfigError(f"sweep {name} has no cells; give every axis a value")
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"sweep {name} has several cells named {twice[0]}; a name must say all that differs")
+    plan = {"format": FORMAT, "name": name, "axes": axes_of(planned), "cells": names}
+    file = workdir / "sweep.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if before["cells"] != names:
+            gone = [n for n in before["cells"] if n not in names] or [n for n in names if n not in before["cells"]] or names
+            raise ConfigError(f"{workdir}: holds a sweep of other cells ({gone[0]} is in one of the two only); choose another --workdir")
+        return
+    write_json(file, plan)
+
+
+def axes_of(planned: Sequence[Planned]) -> dict[str, list[Any]]:
+    """Axis -> its values: numbers ascending, others in the order of their first cell."""
+    axes: dict[str, list[Any]] = {}
+    for cell in planned:
+        for axis, value in cell.axes.items():
+            values = axes.setdefault(axis, [])
+            if value not in values:
+                values.append(value)
+    return {axis: values if any(isinstance(v, str) for v in values) else sorted(values) for axis, values in axes.items()}
+
+
+def summary(planned: Sequence[Planned], workdir: pathlib.Path) -> dict[str, list[str]]:
+    """Of the whole sweep, whoever ran it; also printed."""
+    finished = [cell.name for cell in planned if _file(workdir, cell).exists()]
+    failed = [cell.name for cell in planned if cell.name not in finished and _file(workdir, cell).with_name("failed.json").exists()]
+    rest = len(planned) - len(finished) - len(failed)
+    print(f"{len(finished)} of {len(planned)} cells finished, {len(failed)} failed, {rest} to come", flush=True)
+    for name in failed[:5]:
+        print(f"failed: {name}: {json.loads((workdir / 'cells' / name / 'failed.json').read_text())['error'][:300]}", flush=True)
+    return {"finished": finished, "failed": failed}
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """In one move: a reader sees all of it or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def _file(workdir: pathlib.Path, cell: Planned) -> pathlib.Path:
+    return workdir / "cells" / cell.name / "cell.json"
+
+
+def _machine(entry: dict[str, Any]) -> str:
+    machine = entry["machine"]
+    return f"{machine['cores']} cores, {machine['processor']}, {provenance.devices()}"
