@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .figures import Figure, Groups, Line, Panel, Rate
-from .horizon_plots import INTERVALS, SEED, SHARES, SUCCESS, counted, curve, points, split, told
+from .horizon_plots import INTERVALS, SEED, SHARES, STEPS, SUCCESS, counted, curve, points, split, told
 from .sweep import Sweep
 
 ALL = "all domains"
@@ -49,7 +49,7 @@ def by_length(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> Figure:
     for values, of_panel in split(rows, *outer).items():
         lines = tuple(curve(told(inner, at), found, "steps", places[at]) for at, found in split(of_panel, *inner).items())
         title = f"{told(outer, values) or ALL} ({counted(of_panel)})"
-        panels.append(Panel(title, "task length (steps)", SUCCESS, lines, limits=SHARES, whole=True))
+        panels.append(Panel(title, STEPS, SUCCESS, lines, limits=SHARES, whole=True, log_x=True))
     return Figure("success_by_length", "Success by task length", f"Pooled over seeds and domains. {INTERVALS}", tuple(panels))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,15 +44,17 @@ def build(figure: Figure) -> Any:
     across = 2 if len(figure.panels) == 4 else min(PER_ROW, len(figure.panels))
     down = math.ceil(len(figure.panels) / across)
     broad = max(_breadth(panel) for panel in figure.panels)
+    high = 4.4 if any(isinstance(panel, Heat) and panel.extent for panel in figure.panels) else 3.4
     with plt.rc_context(SETTINGS):
-        drawn, axes = plt.subplots(down, across, figsize=(broad * across, 3.4 * down), layout="constrained", squeeze=False)
+        drawn, axes = plt.subplots(down, across, figsize=(broad * across, high * down), layout="constrained", squeeze=False)
         for axis in axes.flat[len(figure.panels) :]:
             axis.remove()
         shown = list(axes.flat[: len(figure.panels)])
         for axis, panel in zip(shown, figure.panels, strict=True):
             _KINDS[type(panel)](axis, panel)
-            axis.set_title(textwrap.fill(panel.title, int(11 * broad)), fontsize=9.5, loc="left")
+            axis.set_title(_wrapped(panel.title, int(11 * broad)), fontsize=9.5, loc="left")
         _legends(drawn, shown)
+        drawn.get_layout_engine().set(h_pad=0.08, w_pad=0.08)  # inches
     return drawn
 
 
@@ -61,6 +64,11 @@ def number(value: float) -> str:
         if value >= max(size, 1e4):
             return f"{value / size:.3g}{letter}"
     return f"{value:g}"
+
+
+def _wrapped(title: str, width: int) -> str:
+    """In lines of at most so many characters; what is in brackets stays together."""
+    return textwrap.fill(re.sub(r"\([^)]*\)", lambda found: found[0].replace(" ", "\u00a0"), title), width)
 
 
 def _breadth(panel: Panel | Bars | Groups | Heat) -> float:
@@ -88,15 +96,21 @@ def _lines(axis: Any, panel: Panel) -> None:
         else:
             axis.plot(x, line.y, **look)
     positive = all(y > 0 for line in panel.lines for y in line.y)
-    axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, **({"yscale": "log"} if panel.log and positive else {}))
+    axis.set(xlabel=panel.xlabel, ylabel=textwrap.fill(panel.ylabel, 38), **({"yscale": "log"} if panel.log and positive else {}))
     if panel.log_x:
         axis.set_xscale("log", base=2 if panel.whole else 10)
         if not panel.whole:
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
             axis.minorticks_off()
+    if not panel.log_x and all(float(x).is_integer() for line in panel.lines for x in line.x):
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if panel.limits:
         axis.set_ylim(*panel.limits)
+        if panel.log and positive and panel.limits[1] < 100 * panel.limits[0]:  # powers of ten alone would be hardly any tick
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
+            axis.yaxis.set_minor_locator(ticker.NullLocator())
     if panel.whole:
         ticks = sorted({x for line in panel.lines if not line.dashed for x in line.x})
         axis.set_xticks(ticks, [number(x) for x in ticks])
@@ -116,9 +130,9 @@ def _apart(x: Sequence[float], offset: float, panel: Panel) -> list[float]:
 
 
 def _ends(y: Iterable[float], low: Iterable[float], high: Iterable[float]) -> list[list[float]]:
-    """Lengths of the two halves of each interval."""
+    """Lengths of the two halves of each interval; one without an end leaves every panel."""
     each = list(zip(y, low, high, strict=True))
-    return [[max(0.0, y - a) for y, a, _ in each], [max(0.0, b - y) for y, _, b in each]]
+    return [[max(0.0, y - a) for y, a, _ in each], [max(0.0, b - y) if math.isfinite(b) else 1e6 * abs(y) for y, _, b in each]]
 
 
 def _bars(axis: Any, panel: Bars) -> None:
@@ -143,7 +157,7 @@ def _groups(axis: Any, panel: Groups) -> None:
         axis.bar([x for x, _ in found], y, width, **look, label=name, yerr=ends, error_kw={"elinewidth": 0.8, "capsize": 1.5})
         if 0.8 * _breadth(panel) / max(1, len(panel.labels) * len(panel.parts)) > 0.19:  # inches that a number takes
             for x, bar in found:
-                axis.annotate(f"{100 * bar.value:.0f}", (x, bar.high), (0, 1), textcoords="offset points", ha="center", fontsize=7)
+                axis.annotate(f"{100 * bar.value:.0f}", (x, bar.high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axis.set_xticks(range(len(panel.labels)), panel.labels)
     axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=(0, 1.08), yticks=[0, 0.25, 0.5, 0.75, 1.0])
     if 0.08 * max(map(len, panel.labels), default=0) * len(panel.labels) > 0.8 * _breadth(panel):
@@ -183,7 +197,10 @@ def _heat(axis: Any, panel: Heat) -> None:
                 if value is not None:
                     light = (value - low) / max(1e-9, high - low) > 0.5
                     text = f"{100 * value:.0f} %\nn = {panel.n[j][i]}"
-                    axis.text(panel.x[i], panel.y[j], text, color="black" if light else "white", fontsize=7, ha="center", va="center")
+                    colour, edge = ("black", "white") if light else ("white", "black")
+                    halo = [effects.withStroke(linewidth=1.2, foreground=edge, alpha=0.6)] if panel.isolines else []
+                    look = {"color": colour, "path_effects": halo, "fontsize": 7, "ha": "center", "va": "center", "zorder": 3.5}
+                    axis.text(panel.x[i], panel.y[j], text, **look)
     for line in panel.isolines:
         _isoline(axis, line)
     if panel.beyond:
@@ -222,7 +239,8 @@ def _legends(drawn: Any, axes: list[Any]) -> None:
         together |= of_panel
     shared = all(set(of_panel) & set(named[0]) for of_panel in named) and (len(axes) == 1 or len(together) > 1)
     if shared and all(_colour(handle) == _colour(together[name]) for of_panel in named for name, handle in of_panel.items()):
-        drawn.legend(together.values(), together, loc="outside lower center", ncols=min(7, len(together)), fontsize=8, frameon=False)
+        fit = int(drawn.get_figwidth() / (0.6 + 0.075 * max(map(len, together))))  # inches: a handle and 8-point letters
+        drawn.legend(together.values(), together, loc="outside lower center", ncols=max(1, min(7, fit)), fontsize=8, frameon=False)
         return
     for axis, of_panel in zip(axes, named, strict=True):
         if of_panel:

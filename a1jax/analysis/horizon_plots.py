@@ -5,6 +5,7 @@ Each figure is a function of rows, pooled over seeds (``points``); its CSV holds
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ SEED, SIZE, HORIZON = "seed", "size", "horizon"
 H = "horizon H (tokens, log scale)"
 ACTIVE = "active parameters per token (log scale)"
 SUCCESS = "success (held-out tasks)"
+STEPS = "task length (steps, log scale)"
 INTERVALS = "n: runs behind a value. Thin bars are 95 % Wilson intervals as if all runs were independent; seeds share tasks."
 Row = dict[str, Any]
 
@@ -93,15 +95,24 @@ def _sizes(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(sized(row) for row in sorted(rows, key=lambda row: row["active"])))
 
 
-def success_over_horizon(rows: Sequence[Row], facets: Sequence[str] = (), name: str = "success_over_horizon") -> Figure:
-    """A panel per combination of the facets, a line per size."""
+def success_over_horizon(
+    rows: Sequence[Row],
+    facets: Sequence[str] = (),
+    name: str = "success_over_horizon",
+    law: dict[tuple, dict[str, Line]] | None = None,
+) -> Figure:
+    """A panel per combination of the facets, a line per size. law: of a panel's combination, the fitted law's line of each size."""
     panels, sizes = [], _sizes(rows)
     for values, of_panel in split(rows, *facets).items():
         lines = [curve(size, [r for r in of_panel if sized(r) == size], HORIZON, i) for i, size in enumerate(sizes)]
+        lines += [dataclasses.replace(line, place=sizes.index(size)) for size, line in (law or {}).get(values, {}).items()]
         title = f"{_title(told(facets, values))} ({counted(of_panel)})"
         panels.append(Panel(title, H, SUCCESS, tuple(line for line in lines if line.x), limits=SHARES, whole=True, log_x=True))
     by = " by size and domain" if "domain" in facets else " by size"
-    caption = f"A line per size (active parameters per token). H: no training row has more tokens of one run. {_pooled(rows)} {INTERVALS}"
+    dashed = "Dashed: the fitted law. " if law else ""
+    caption = (
+        f"A line per size (active parameters per token). H: no training row has more tokens of one run. {dashed}{_pooled(rows)} {INTERVALS}"
+    )
     return Figure(name, f"Success over horizon{by}", caption, tuple(panels))
 
 
@@ -118,7 +129,8 @@ def success_by_length(rows: Sequence[Row], facets: Sequence[str] = (), panel: st
             lines = [line for line in lines if line.x]
             if lines:
                 full = f"{panel} {title}" if panel == SIZE else title
-                panels.append(Panel(f"{full} ({counted(mine)})", "task length (steps)", SUCCESS, tuple(lines), limits=SHARES, whole=True))
+                full = f"{full} ({counted(mine)})"
+                panels.append(Panel(full, STEPS, SUCCESS, tuple(lines), limits=SHARES, whole=True, log_x=True))
         where = told(facets, values)
         name = "_".join(["success_by_length", *map(str, values)])
         caption = f"Of what is trained with {panel} and {line}{f' at {where}' if where else ''}. {_pooled(rows)} {INTERVALS}"
@@ -182,10 +194,12 @@ def _pooled(rows: Sequence[Row]) -> str:
     return f"Pooled over {seeds[0]} seeds." if seeds[0] > 1 else "One seed."
 
 
-def measured(sweep: Sweep) -> list[Figure]:
-    """What needs no fit, in the order of the page."""
+def figures(
+    sweep: Sweep, isolines: dict[tuple, tuple[Line, ...]] | None = None, law: dict[tuple, dict[str, Line]] | None = None
+) -> list[Figure]:
+    """All that show what was measured, in the order of the page. isolines, law: see ``heat_map`` and ``success_over_horizon``."""
     over, rows, by_domain = facets(sweep.axes), points(sweep), points(sweep, "domain")
-    out = [success_over_horizon(rows, over)]
+    out = [success_over_horizon(rows, over, law=law), heat_map(rows, over, isolines)]
     if len({row["domain"] for row in by_domain}) > 1:
         out.append(success_over_horizon(by_domain, (*over, "domain"), "success_over_horizon_by_domain"))
     out += [*success_by_length(points(sweep, "steps"), over), success_over_flops(rows, over)]

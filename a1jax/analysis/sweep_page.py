@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import provenance
 from ..config import ConfigError
-from . import ablation_plots, figures, horizon_plots, page
+from . import ablation_plots, figures, horizon, horizon_plots, law_plots, page
 from . import sweep as sweeps
 from .sweep import Cell, Sweep
 
@@ -28,8 +28,9 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         why = f"; {sweep.failed[0].name} failed: {sweep.failed[0].error}" if sweep.failed else ""
         count = len(sweep.failed) + len(sweep.missing)
         raise ConfigError(f"{folder}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
-    findings, drawn, unfit = _of(sweep)
+    findings, drawn, refused = _of(sweep)
     tables = {"cells": cell_rows(sweep), "points": horizon_plots.points(sweep), **{f.name: figures.rows(f) for f in drawn}}
+    tables |= {"law": horizon.rows(sweep)} if findings else {}
     for name, table in tables.items():
         page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
     text = page.template("sweep.html.jinja").render(
@@ -40,8 +41,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         failed=len(sweep.failed),
         missing=len(sweep.missing),
         unlisted=sweep.unlisted,
-        findings=findings,
-        unfit=unfit,
+        findings=_grouped(findings),
+        refused=refused,
         figures=[(figure, page.image(figure)) for figure in drawn],
         told=provenance.read(folder),
         results={},
@@ -51,11 +52,27 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     return folder / page.FILE
 
 
-def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], str]:
-    """(findings, figures, why no law was fitted where it should have been)."""
+def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...]]:
+    """(findings, figures, one line for each part of the sweep that no law could be fitted to)."""
     if not horizon_plots.has_horizons(sweep.axes):
-        return [], ablation_plots.figures(sweep), ""
-    return [], horizon_plots.measured(sweep), ""
+        return [], ablation_plots.figures(sweep), ()
+    fitted, rows = law_plots.fit(sweep), horizon_plots.points(sweep)
+    isolines = {values: law_plots.isolines(law) for values, law in fitted.laws.items()}
+    curves = {values: law_plots.curves(law, [row for row in rows if fitted.of(row) == values]) for values, law in fitted.laws.items()}
+    first, *rest = horizon_plots.figures(sweep, isolines, curves)
+    rate = law_plots.exchange_rate(rows, fitted)
+    drawn = [first, rest[0], *([rate] if rate.panels else []), *rest[1:]]
+    return horizon.summary(sweep) if fitted.laws else [], drawn, fitted.refused
+
+
+def _grouped(findings: list[str]) -> dict[str, list[str]]:
+    """Lines by the part of the sweep they are about, "" for all of it: "[budget tokens] The law ..."."""
+    out: dict[str, list[str]] = {}
+    for line in findings:
+        head, found, text = line.partition("] ")
+        of_part = found and head.startswith("[")
+        out.setdefault(head[1:] if of_part else "", []).append(text if of_part else line)
+    return out
 
 
 def cell_rows(sweep: Sweep) -> list[dict[str, Any]]:

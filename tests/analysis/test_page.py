@@ -1,50 +1,15 @@
 import csv
-import json
 import math
 
 import pytest
 
 from a1jax import metrics, provenance
 from a1jax.analysis import behaviour, drawing, figures, page
-from a1jax.analysis.figures import Bars, Figure, Line, Panel
+from a1jax.analysis.figures import Bars, Figure, Line, Panel, Rate
 from a1jax.config import ConfigError
 from a1jax.main import main
 from a1jax.stages.evaluate import wilson
-
-
-def score(wins, n, **more):
-    low, high = wilson(wins, n)
-    lengths = {"1": [wins, n], "10": [0, 0], "2": [0, n]}
-    return {
-        "success": wins / n,
-        "low": low,
-        "high": high,
-        "n": n,
-        "by_steps": lengths,
-        "statuses": {"FINISHED": wins, "FAILED": n - wins},
-        **more,
-    }
-
-
-SCORES = {
-    "student": {"search": score(9, 10, tokens=50.5, tokens_p90=80.0, turns=3.0, tool_errors=0.25, stopping={"early": 1, "in_time": 9})},
-    "base": {"search": score(0, 10), "tool_calling": score(1, 8)},
-    "teacher_search": {"search": score(8, 10), "tool_calling": score(2, 8)},
-    "teacher_tool_calling": {"tool_calling": score(8, 8)},
-}
-
-
-def fill(folder, stage="sft"):
-    (folder / "evaluations").mkdir(parents=True)
-    for model, of_model in SCORES.items():
-        (folder / f"evaluations/{model}.json").write_text(json.dumps(of_model))
-    with metrics.Writer(folder) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, stage, {"ce": 2.0 / step})
-            writer.write(step, "t_grpo", {"grpo/reward": 0.1 * step, "grpo/reward/format": 0.5, "grpo/kl": 0.01, "router/entropy": 9.0})
-            writer.write(step, "distill", {"distill/coverage": float("nan") if step == 2 else 0.9, "rollout/success/search": 0.5})
-    provenance.start(folder, provenance.collect(["run", "x.py"], 7))
-    return folder
+from tests.analysis.made_up_run import SCORES, fill, score
 
 
 def read_csv(path):
@@ -55,6 +20,14 @@ def read_csv(path):
 def test_models_of_a_domain_are_its_own_in_the_tables_order():
     assert behaviour.models_of(SCORES, "search") == ["base", "teacher_search", "student"]
     assert behaviour.models_of(SCORES, "tool_calling") == ["base", "teacher_tool_calling"]
+
+
+def test_by_domain_has_each_domains_own_teacher_beside_its_student_with_intervals():
+    (panel,) = behaviour.by_domain(SCORES).panels
+    assert panel.labels == ("search", "tool_calling") and list(panel.parts) == ["base", "teacher", "student"]
+    assert panel.parts["teacher"] == (Rate(0.8, *wilson(8, 10), 10), Rate(1.0, *wilson(8, 8), 8))
+    assert panel.parts["student"] == (Rate(0.9, *wilson(9, 10), 10), None) and panel.title == "n = 8 to 10 runs a bar"
+    assert behaviour.by_domain({"base": {"search": {**score(0, 1), "n": 0}}}).panels[0].parts == {"base": (None,)}
 
 
 def test_by_length_shows_shares_with_their_intervals_in_the_order_of_lengths():
@@ -100,9 +73,9 @@ def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):
     text = page.write(folder).read_text()
     found = read_page(text)
     assert "a1jax run x.py" in found.text and "running, started" in found.text and "90.0" in found.text and "b" not in found.tags
-    assert found.tags.count("img") == 6 and "What it set out" not in found.text
+    assert found.tags.count("img") == 8 and "What it set out" not in found.text
     named = [a for a in found.addresses if a.endswith(".csv")]
-    assert len(named) == 8 and all((folder / a).is_file() for a in named)
+    assert len(named) == 10 and all((folder / a).is_file() for a in named)
     drawn = {f.name: f for f in behaviour.figures(SCORES, metrics.read(folder))}
     for name, figure in drawn.items():
         want = [(r["panel"], r["series"], str(r["x"]), r["value"]) for r in figures.rows(figure)]

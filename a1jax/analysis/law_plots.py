@@ -1,0 +1,124 @@
+"""What the fitted law adds to a sweep's figures: iso-success lines, its curves over the horizon, the exchange rate with its interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..config import ConfigError
+from . import horizon
+from .figures import Figure, Line, Panel
+from .horizon import Law
+from .horizon_plots import HORIZON, SIZE, H, Row, facets, points, sized, split, told
+from .sweep import Sweep, where
+
+TARGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
+BEYOND = 2.0  # times the grid's ends that isolines are followed to
+FINE = 97  # points of a curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """laws: of each combination of a sweep's facets that could be fitted. refused: one line for each that could not."""
+
+    over: tuple[str, ...]
+    laws: dict[tuple, Law]
+    refused: tuple[str, ...] = ()
+
+    def of(self, row: Row) -> tuple:
+        """The combination that a row belongs to."""
+        return tuple(row.get(axis) for axis in self.over)
+
+
+def fit(sweep: Sweep) -> Fitted:
+    """A law for each combination of the axes other than size, horizon and seed."""
+    over = facets(sweep.axes)
+    laws, refused = {}, []
+    for values, rows in split(points(sweep), *over).items():
+        try:
+            if min(len({row[axis] for row in rows}) for axis in (SIZE, HORIZON)) < 2:
+                raise ConfigError("a law needs cells of two sizes and two horizons")
+            laws[values] = horizon.analyse(where(sweep.cells, **dict(zip(over, values, strict=True))))
+        except ConfigError as error:
+            refused.append(f"{told(over, values) or sweep.name}: {error}")
+    return Fitted(over, laws, tuple(refused))
+
+
+def isolines(law: Law, targets: Sequence[float] = TARGETS) -> tuple[Line, ...]:
+    """Lines of equal success, x: horizon, y: active parameters, from half the grid's ends to twice; dashed where extrapolated."""
+    t = law.table
+    active = np.geomspace(t.active.min() / BEYOND, t.active.max() * BEYOND, FINE)
+    lines = []
+    for target in targets:
+        found = horizon.iso(law, target, active)
+        shown = (found.horizon >= t.tokens.min() / BEYOND) & (found.horizon <= t.tokens.max() * BEYOND)
+        lines += _pieces(f"{100 * target:.0f} %", found.horizon, active, found.outside, shown)
+    return tuple(lines)
+
+
+def _pieces(label: str, x: np.ndarray, y: np.ndarray, outside: np.ndarray, shown: np.ndarray) -> list[Line]:
+    """Stretches of one line that are shown, each all inside or all outside; the longest has the label. A stretch outside begins and ends
+    where its neighbour inside does."""
+    places = np.flatnonzero(shown)
+    cuts = np.flatnonzero((np.diff(places) > 1) | (np.diff(outside[places].astype(int)) != 0)) + 1
+    runs = [run for run in np.split(places, cuts) if len(run)]
+    longest = max(runs, key=lambda run: (not outside[run[0]], len(run)), default=None)
+    lines = []
+    for run in runs:
+        dashed, named = bool(outside[run[0]]), run is longest
+        if dashed:
+            run = np.array([i for i in (run[0] - 1, *run, run[-1] + 1) if 0 <= i < len(x) and shown[i]])
+        lines.append(Line(label, tuple(x[run].tolist()), tuple(y[run].tolist()), dashed=dashed, named=named))
+    return lines
+
+
+def curves(law: Law, rows: Sequence[Row]) -> dict[str, Line]:
+    """Size -> the law's success over the horizon, inside what was measured of that size."""
+    out = {}
+    for (label,), found in split([{**row, "label": sized(row)} for row in rows], "label").items():
+        measured = [row[HORIZON] for row in found]
+        x = np.geomspace(min(measured), max(measured), 25)
+        y = horizon.predict(law, float(found[0]["active"]), x).success
+        out[label] = Line(f"{label} by the law", tuple(x.tolist()), tuple(np.asarray(y).tolist()), dashed=True, named=False)
+    return out
+
+
+def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
+    """How many times the parameters a doubling of the horizon is worth at each size and horizon of the grid, with its 95 % interval."""
+    panels = []
+    for values, law in fitted.laws.items():
+        mine = [row for row in rows if fitted.of(row) == values]
+        sizes = {sized(row): row["active"] for row in sorted(mine, key=lambda row: row["active"])}
+        if not law.form.interaction:  # one rate everywhere
+            sizes = {"every size": float(np.exp2(np.log2(law.table.active).mean()))}
+        x = sorted({row[HORIZON] for row in mine})
+        lines, lost = [], 0
+        for place, (label, active) in enumerate(sizes.items()):
+            every = [horizon.exchange(law, active, h) for h in x]
+            rates = [rate for rate in every if rate.bounded and math.isfinite(rate.value)]
+            lost += len(every) - len(rates)
+            ends = tuple(r.low for r in rates), tuple(r.high for r in rates)
+            lines.append(Line(label, tuple(r.horizon for r in rates), tuple(r.value for r in rates), *ends, place=place))
+        lines = [line for line in lines if line.x]
+        if not lines:
+            continue
+        note = f"{lost} points not shown: there the effect of size cannot be told from none" if lost else ""
+        title = f"{told(fitted.over, values) or 'all tasks'} ({len(law.table.cells)} cells)"
+        unit = "worth of a doubling of H (times the parameters, log scale)"
+        level = 1.0, "worth nothing"
+        panels.append(Panel(title, H, unit, tuple(lines), True, _limits(lines), whole=True, log_x=True, level=level, note=note))
+    caption = (
+        "2 to the power of (slope of log2 H / slope of log2 N) of the fitted law; above 1 a longer horizon stands in for parameters. "
+        "Thin bars are 95 % bootstrap intervals, the wider of resampled seeds and tasks; one that leaves the panel may have no end."
+    )
+    return Figure("exchange_rate", "Exchange rate of horizon for parameters", caption, tuple(panels))
+
+
+def _limits(lines: Sequence[Line]) -> tuple[float, float]:
+    """Around the values and those ends of intervals that are within 30 times of them."""
+    values = [y for line in lines for y in line.y]
+    ends = [e for line in lines for e in (*line.low, *line.high) if min(values) / 30 < e < max(values) * 30]
+    return 0.8 * min(1.0, *values, *ends), 1.25 * max(1.0, *values, *ends)

@@ -1,0 +1,57 @@
+"""Figures of sweeps over other axes: counted again by hand."""
+
+import pytest
+
+from a1jax.analysis import ablation_plots, drawing
+from a1jax.analysis.sweep import Cell, Sweep
+from a1jax.stages.evaluate import wilson
+
+AXES = {"mode": ["salient", "tail", "full"], "k": [4, 16], "seed": [0, 1], "lr": [0.1]}
+
+
+def sweep(axes=AXES, without=()):
+    cells = []
+    for mode in axes["mode"]:
+        for k in axes.get("k", [4]):
+            for seed in axes["seed"]:
+                name = f"{mode}-{k}-{seed}"
+                wins = len(mode) % 3 + (k == 16) + seed  # of 8
+                tasks = tuple(
+                    {"domain": "science" if i % 2 else "search", "steps": 1 + i // 4, "task_id": str(i), "success": int(i < wins)}
+                    for i in range(8)
+                )
+                made = {"mode": mode, "k": k, "seed": seed, "lr": 0.1}
+                cells.append(Cell(name, made, {"total": 2, "active": 1}, {}, tasks, {"kl": [[1, 0.5 + seed], [2, 0.25]]}))
+    return Sweep("s", axes, tuple(c for c in cells if c.name not in without))
+
+
+def test_bars_of_two_axes_stand_side_by_side_in_a_panel_per_domain():
+    made = sweep(without=("tail-16-0", "tail-16-1", "full-4-1"))
+    assert ablation_plots.settings(made) == ("mode", "k")
+    bars, by_length, trained = ablation_plots.figures(made)
+    assert [panel.title for panel in bars.panels] == ["all domains (n = 8 to 16)", "science (n = 4 to 8)", "search (n = 4 to 8)"]
+    whole = bars.panels[0]
+    assert whole.labels == ("salient", "tail", "full") and list(whole.parts) == ["k 4", "k 16"] and whole.xlabel == "mode"
+    four, sixteen = whole.parts.values()
+    assert four[0].value == (1 + 2) / 16 and (four[0].low, four[0].high) == wilson(3, 16)  # wins: 7 % 3, and one more of seed 1
+    assert sixteen[0].value == 5 / 16 and sixteen[1] is None and four[2].n == 8
+    assert [line.label for line in by_length.panels[0].lines][:2] == ["mode salient, k 4", "mode salient, k 16"]
+    assert by_length.panels[0].lines[1].y == (5 / 8, 0.0) and by_length.panels[0].lines[1].x == (1, 2)
+    kl = trained.panels[0].lines[0]
+    assert (kl.label, kl.x, kl.y, kl.n) == ("mode salient, k 4", (1, 2), (1.0, 0.25), (2, 2)) and trained.panels[0].title == "kl"
+    for figure in (bars, by_length, trained):
+        assert drawing.draw(figure).startswith("<?xml")
+
+
+def test_a_third_axis_makes_figures_and_many_settings_make_panels():
+    axes = {"seed": [0], "mode": ["salient", "tail"], "k": list(range(8)), "lr": [0.1, 0.2]}
+    bars = ablation_plots.bars(ablation_plots.points(sweep(axes), "domain"), ("mode", "k", "lr"))
+    assert [figure.name for figure in bars] == ["success_by_setting_0.1"] and bars[0].title.endswith("lr 0.1")
+    lengths = ablation_plots.by_length(ablation_plots.points(sweep(axes), "steps"), ("mode", "k"))
+    assert [panel.title for panel in lengths.panels] == ["mode salient (n = 4)", "mode tail (n = 4)"]
+    assert [line.label for line in lengths.panels[1].lines] == [f"k {k}" for k in range(8)]
+
+
+@pytest.mark.parametrize(("axes", "expected"), [({"seed": [0, 1]}, ()), ({"mode": ["a"], "seed": [0]}, ("mode",))])
+def test_the_settings_of_hardly_any_axes(axes, expected):
+    assert ablation_plots.settings(Sweep("s", axes, ())) == expected

@@ -1,0 +1,61 @@
+import csv
+import json
+
+import pytest
+
+from a1jax.analysis import sweep_page
+from a1jax.config import ConfigError
+from a1jax.main import main
+from tests.analysis import synthetic_sweep
+from tests.analysis.synthetic_sweep import Grid
+
+SMALL = Grid(sizes={"s": (30_000, 16_384), "m": (100_000, 32_768)}, horizons=(32, 128), seeds=(0, 1), of_each=2)
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_report_knows_a_sweep_and_writes_what_there_is_of_an_unfinished_one(tmp_path, capsys, read_page):
+    folder = synthetic_sweep.write(tmp_path / "<b>s", None, SMALL, missing=["m-128-1-tokens"], failed=["s-32-0-tokens"])
+    assert main(["report", str(folder)]) == 0 and capsys.readouterr().out == f"{folder}/report.html\n"
+    found = read_page((folder / "report.html").read_text())
+    assert "6 of 8 cells finished, 1 failed, 1 not run yet" in found.text and "ValueError: loss is not finite at step 3" in found.text
+    assert "size (s, m)" in found.text and "b" not in found.tags and not list(folder.rglob("*.part"))
+    named = [a for a in found.addresses if a.endswith(".csv")]
+    assert len(named) == found.tags.count("img") + 2 and all((folder / a).is_file() for a in named)
+    rows = read_csv(folder / "report/cells.csv")
+    assert [r["state"] for r in rows] == ["failed", *["finished"] * 6, "not run yet"] and rows[0]["error"].startswith("ValueError")
+    cell = json.loads((folder / "cells/m-32-1-tokens/cell.json").read_text())
+    row = next(r for r in rows if r["cell"] == "m-32-1-tokens")
+    assert (
+        int(row["wins"]) == sum(t["success"] for t in cell["tasks"]) and row["n"] == "12" and float(row["flops"]) == cell["train"]["flops"]
+    )
+    points = read_csv(folder / "report/points.csv")
+    assert [(r["size"], r["horizon"], r["n"], r["seeds"]) for r in points] == [
+        ("s", "32", "12", "1"), ("s", "128", "24", "2"), ("m", "32", "24", "2"), ("m", "128", "12", "1"),
+    ]  # fmt: skip
+
+
+def test_a_sweep_over_other_axes_has_bars(tmp_path, read_page):
+    folder = synthetic_sweep.write(tmp_path / "s", None, SMALL)
+    for path in (folder / "sweep.json", *folder.glob("cells/*/cell.json")):
+        path.write_text(path.read_text().replace('"horizon"', '"k"'))
+    found = read_page(sweep_page.write(folder).read_text())
+    assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training.csv"} <= set(found.addresses)
+    assert "law" not in found.text
+
+
+def test_without_a_finished_cell_there_is_one_line_of_error(tmp_path, capsys):
+    folder = synthetic_sweep.write(
+        tmp_path / "s", None, Grid(sizes={"s": (2, 1)}, horizons=(32,), seeds=(0, 1)), 0, ["s-32-0-tokens"], ["s-32-1-tokens"]
+    )
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none of the sweep's 2 cells is finished" in error and "s-32-1-tokens failed: ValueError" in error
+    assert not (folder / "report.html").exists()
+    (folder / "sweep.json").write_text("{}")
+    assert main(["report", str(folder)]) == 2 and "sweep.json" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"sweep\.json"):
+        sweep_page.write(tmp_path)
