@@ -325,7 +325,7 @@ def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:
         before = config.load(str(saved))
     except config.ConfigError as error:
         raise config.ConfigError(f"{workdir}: its config cannot be compared ({error}); choose another --workdir") from error
-    lines = [line for line in config.diff(before, cfg) if not line.startswith(("mesh.", "shard:"))]
+    lines = [line for line in config.diff(before, cfg) if not line.startswith(("mesh.", "shard:", "only:", "only."))]
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise config.ConfigError(f"{workdir}: holds a run of another config ({'; '.join(lines[:3])}{more}); choose another --workdir")

@@ -8,18 +8,22 @@
 A start runs the cells of its shard that have no cell.json, one after the other. Shards share nothing but the folder: they may run side
 by side on machines that see it, or one after the other, also cut in another number of shards than before. A cell that was stopped goes on
 as its function knows how to, from what lies in cells/NAME.
+Several starts on one machine need no shards: each takes the next cell that no living process holds (cells/NAME/.lock).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import fnmatch
 import json
 import os
 import pathlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .. import interruption, provenance
@@ -46,6 +50,7 @@ class Sweep:
     main: Binding  # what a run does with this config: a function of (cfg, workdir), such as ``run``
     cells: Binding  # a function of nothing that returns the cells (Planned), in the order in which they are run
     shard: str = "0/1"  # i/n: this start runs every n-th cell, from the i-th; may differ from start to start
+    only: tuple[str, ...] = ()  # patterns of cell names, such as ("nano_16-*",): this start runs no others; may differ from start to start
     keep_stages: bool = False  # keep parameters and checkpoints of finished cells
 
     def __post_init__(self):
@@ -68,26 +73,45 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
     workdir, planned = pathlib.Path(workdir), list(cfg.cells())
     write_plan(cfg.name, planned, workdir)
     i, n = shard_of(cfg.shard)
-    mine = [cell for cell in planned[i::n] if not _file(workdir, cell).exists()]
+    asked = [cell for cell in planned if not cfg.only or any(fnmatch.fnmatch(cell.name, pattern) for pattern in cfg.only)]
+    if not asked:
+        raise ConfigError(f"only: no cell has a name like {' or '.join(cfg.only)}; the first one is {planned[0].name}")
+    mine = [cell for cell in asked[i::n] if not _file(workdir, cell).exists()]
     entry = provenance.collect([], None)
     facts = {"machine": _machine(entry), "commit": entry["commit"]}
     began, spent, left = time.perf_counter(), 0.0, sum(cell.cost for cell in mine)
-    print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(planned[i::n])} cells to run", flush=True)
+    print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(asked[i::n])} cells to run", flush=True)
     for number, cell in enumerate(mine, 1):
-        since = time.perf_counter()
-        outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
-        spent, left = spent + cell.cost, left - cell.cost
-        now = time.perf_counter()
+        since, left = time.perf_counter(), left - cell.cost
+        with claim(workdir, cell) as free:
+            if not free:
+                continue
+            outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
+        spent, now = spent + cell.cost, time.perf_counter()
         rest = (now - began) / spent * left if spent else 0.0
         print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; about {rest / 60:.0f} min left", flush=True)
         interruption.point()
     return summary(planned, workdir)
 
 
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, cell: Planned) -> Iterator[bool]:
+    """Whether the cell is ours to run: nobody has finished it, and no living process of this machine is at it. Held until the end of the
+    block; a process that dies lets go."""
+    file = _file(workdir, cell).with_name(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not _file(workdir, cell).exists()
+
+
 def run_cell(cell: Planned, workdir: pathlib.Path, facts: dict[str, Any], keep_stages: bool = False) -> str:
     """Runs one cell and writes its cell.json, or failed.json; one line on how it went."""
     folder = workdir / "cells" / cell.name
-    folder.mkdir(parents=True, exist_ok=True)
     head = {"name": cell.name, "axes": cell.axes}
     try:
         found = cell.run(cell.config, cell.axes, folder)

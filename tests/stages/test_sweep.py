@@ -69,6 +69,24 @@ def test_shards_share_the_cells_without_rest_or_overlap(tmp_path, n, capsys):
     assert "0 of 7 cells to run" in capsys.readouterr().out
 
 
+def test_a_cell_that_somebody_is_at_is_left_to_them(tmp_path):
+    with sweep.claim(tmp_path, plan()[2]) as free:
+        assert free
+        assert "cell-b-2" not in sweep.run(sweep_of(), tmp_path)["finished"]
+    assert len(sweep.run(sweep_of(), tmp_path)["finished"]) == 7  # let go of: the next start runs it
+    with sweep.claim(tmp_path, plan()[2]) as free:
+        assert not free  # finished
+    assert {file.read_text() for file in tmp_path.glob("cells/*/count")} == {"1"}
+
+
+def test_only_cells_of_those_names_are_run(tmp_path):
+    found = sweep.run(override(sweep_of(), ['only=("cell-a-*", "*-4")']), tmp_path)["finished"]
+    assert found == ["cell-a-1", "cell-a-3", "cell-b-4", "cell-a-5"]
+    with pytest.raises(ConfigError, match="no cell has a name like z; the first one is cell-b-0"):
+        sweep.run(override(sweep_of(), ['only=("z",)']), tmp_path)
+    assert len(sweep.run(sweep_of(), tmp_path)["finished"]) == 7
+
+
 def test_a_failure_is_written_down_and_tried_again(tmp_path, capsys):
     cfg = sweep_of(kinds=((1, "fails"), (2, "fails once")))
     assert sweep.run(cfg, tmp_path)["failed"] == ["cell-a-1", "cell-b-2"]
@@ -106,6 +124,6 @@ def test_a_folder_of_other_cells_and_bad_plans_are_refused(tmp_path):
 def test_another_shard_is_the_same_run_but_another_sweep_is_not(tmp_path):
     cfg = Sweep("test", bind(sweep.run), bind(sweep.axes_of))  # a function that a file can name
     save(override(cfg, ["shard=0/2"]), tmp_path / "config.py")
-    main._refuse_another_run(override(cfg, ["shard=1/2"]), tmp_path)
+    main._refuse_another_run(override(cfg, ["shard=1/2", 'only=("a*",)']), tmp_path)
     with pytest.raises(ConfigError, match="keep_stages"):
         main._refuse_another_run(override(cfg, ["keep_stages=True"]), tmp_path)
