@@ -179,3 +179,11 @@ def test_a_refused_run_leaves_nothing(tmp_path, capsys):
         "nearest possible: mesh.shape={'fsdp': 2, 'context': 4}\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pod", ["v5p-256", "v6e-256"])
+def test_the_35b_fits_its_pods(pod):
+    cfg = config.load(f"{ROOT}/experiments/agents_a1_35b.py:{pod}")
+    config.check(cfg)
+    assert violations(cfg.mesh.shape, demands(cfg)) == []
+    assert violations({**cfg.mesh.shape, "context": 64}, demands(cfg)) != []  # 1,024 devices for 256 experts
