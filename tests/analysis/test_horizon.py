@@ -62,10 +62,13 @@ def test_missing_cells_are_no_obstacle_and_their_corner_is_outside():
 
 def test_one_seed_is_said(law):
     found = horizon.analyse(cells(grid=Grid(seeds=(0,))), draws=50)
-    assert any("one seed: intervals are over tasks alone" in note for note in found.notes) and set(found.draws.over) == {"tasks", "chance"}
+    assert any("16 of 16 cells are their grid point's only seed: the luck of training is told from" in note for note in found.notes)
+    assert set(found.draws.over) == {"cells", "tasks", "chance"} and set(found.draws.weights) == {"tasks"}
     assert set(law.draws.over) == {"seeds", "tasks", "chance"} and not any("seed" in note for note in law.notes)
     rest = horizon.analyse([c for c in cells() if c.axes["seed"] == 0 or c.axes["size"] == "s"], draws=50)
-    assert any("12 of 24 cells are their grid point's only seed" in note for note in rest.notes)
+    assert any("12 of 24 cells are their grid point's only seed" in note for note in rest.notes) and "cells" in rest.draws.over
+    few = horizon.analyse([c for c in cells() if c.axes["seed"] == 0 or c.axes["horizon"] > 32], draws=50)
+    assert any("intervals hold too little of the luck" in note for note in few.notes) and "seeds" in few.draws.over
 
 
 def test_one_cell_gives_a_law_that_knows_it_knows_nothing():
