@@ -17,12 +17,7 @@ from a1jax.stages.distill import DistillConfig
 NAMES = ("search", "tool_calling")
 VOCABULARIES = {"search": (cross_tokenizer.digits, 608), "tool_calling": (cross_tokenizer.pieces, 720)}
 K, LENGTH, ROWS, THEIRS = 5, 192, 3, 140
-
-
-@pytest.fixture(scope="module")
-def small_model(small_model):
-    """One layer of attention: what is tested here comes after it."""
-    return dataclasses.replace(small_model, num_layers=1, full_attention_interval=1)
+ONE_LAYER = {"num_layers": 1, "full_attention_interval": 1}  # of attention: what is tested here comes after it
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +131,7 @@ def test_scores_masks_and_shares_are_the_dense_ones(tokenizer, runs, teachers, s
 
 
 def test_the_loss_of_a_step_is_the_papers_formula_on_units(tokenizer, small_model, runs, teachers, scored, expected):
-    model = dataclasses.replace(small_model, load_balance_coef=0.0)
+    model = dataclasses.replace(small_model, load_balance_coef=0.0, **ONE_LAYER)
     student = param_specs.init(transformer.specs(model), jax.random.key(7))
     data, members, where, _ = scored["salient"]
     cfg = DistillConfig(k=K, vocab_block=256)
@@ -163,7 +158,7 @@ def test_the_loss_of_a_step_is_the_papers_formula_on_units(tokenizer, small_mode
 
 
 def test_mode_full_is_the_dense_divergence_over_all_units(tokenizer, small_model, runs, teachers, expected):
-    model = dataclasses.replace(small_model, load_balance_coef=0.0)
+    model = dataclasses.replace(small_model, load_balance_coef=0.0, **ONE_LAYER)
     student = param_specs.init(transformer.specs(model), jax.random.key(7))
     cfg = DistillConfig(mode="full", vocab_block=256, rows=ROWS)
     scorers, members = scoring.make_scorers(teachers, tokenizer, K, 256, False, False, THEIRS, True)

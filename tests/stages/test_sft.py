@@ -75,7 +75,9 @@ def test_loss_and_gradient_do_not_depend_on_microbatches_or_packing(setting, dat
     params = setting.init_params()
     model = dataclasses.replace(setting.model, load_balance_coef=0.0)  # the router's loss is a mean per slice by nature
     chosen = [e for _, e in data[::6]]
-    packed = packing.to_batch(packing.pack_rows(chosen, 4, 200), 200)
+    rows = packing.pack_rows(chosen, len(chosen), 200)  # some empty: as many as of runs alone, for one program; runs in both halves
+    packed = packing.to_batch(rows[::2] + rows[1::2], 200)
+    assert (packed.mask.sum(1) > 0).reshape(2, -1).any(1).all() and not packed.mask.any(1).all()
     alone = packing.to_batch([[e] for e in chosen], 200)
 
     def step(batch, microbatches):
