@@ -245,6 +245,19 @@ def test_costs_of_a_given_models_operations(law):
     assert got.least_training.active > got.least_serving.active
 
 
+def test_the_more_is_served_the_smaller_the_cheapest_model():
+    found = horizon.analyse(cells(seed=1), draws=20)
+    got = horizon.costs(found, 0.5, per_token=lambda active, tokens: tokens**4, tokens=1.0)
+    assert got.after(0) == got.least_training and got.after(1e30) == got.least_serving
+    assert got.least_training.active > got.least_serving.active
+
+
+def test_one_budget_of_operations_has_no_least_training():
+    found = horizon.analyse(cells(grid=Grid(budgets=("flops",)), seed=1), draws=20)
+    got = horizon.costs(found, 0.5)
+    assert got.least_training is None and got.least_serving is not None and "training costs the same everywhere" in got.sentence
+
+
 def test_a_success_that_the_grid_does_not_reach_has_no_cost():
     poor = horizon.analyse(cells(Law(intercept=-5.0), SMALL, 1), draws=50)
     got = horizon.costs(poor, 0.9)
