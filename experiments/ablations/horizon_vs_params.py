@@ -44,8 +44,8 @@ def get_config(arg: str = "") -> Sweep:
             phases=(Phase(0.3, 2), Phase(0.2, 6), Phase(0.2, 16), Phase(0.3, 40)),
             save_every=1000,
         ),
-        tokens=500_000,
-        heldout={1: 24, 2: 24, 4: 24, 8: 24, 16: 24, 32: 16, 48: 8},
+        tokens=1_200_000,
+        heldout={1: 24, 2: 24, 4: 24, 6: 24, 8: 24, 16: 24, 24: 16, 32: 16, 48: 8},
         limits=Limits(slots=64, max_turns=52, max_turn_tokens=20, max_length=1280, temperature=0.0),
         tokenizer=TokenizerConfig(vocab_size=608, counters=48),
     )
