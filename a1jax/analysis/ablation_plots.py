@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from . import training_plots
@@ -40,17 +41,16 @@ def bars(rows: list[dict[str, Any]], first: str, second: tuple[str, ...] = (), r
     return out
 
 
-def nested(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> bool:
-    """Whether of two axes' combinations less than half are there."""
-    if len(axes) < 2:
-        return False
-    return 2 * len(split(rows, *axes[:2])) < len(split(rows, axes[0])) * len(split(rows, axes[1]))
+def nested(sweep: Sweep, axes: tuple[str, ...]) -> bool:
+    """Whether less than half of the axes' combinations are planned."""
+    planned = (len(sweep.cells) + len(sweep.failed) + len(sweep.missing)) / max(1, len(sweep.axes.get(SEED, ())))
+    return len(axes) > 1 and 2 * planned < math.prod(len(sweep.axes[axis]) for axis in axes)
 
 
-def panels(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def panels(rows: list[dict[str, Any]], axes: tuple[str, ...], apart: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the axes that panels are made for, those that lines are): of many settings, or nested ones, a panel per value of the first."""
-    apart = len(axes) > 1 and (len(split(rows, *axes)) > MOST_LINES or nested(rows, axes))
-    return (axes[:1], axes[1:]) if apart else ((), axes)
+    several = len(axes) > 1 and (apart or len(split(rows, *axes)) > MOST_LINES)
+    return (axes[:1], axes[1:]) if several else ((), axes)
 
 
 def by_length(rows: list[dict[str, Any]], outer: tuple[str, ...], inner: tuple[str, ...]) -> Figure:
@@ -64,14 +64,14 @@ def by_length(rows: list[dict[str, Any]], outer: tuple[str, ...], inner: tuple[s
 
 
 def figures(sweep: Sweep) -> list[Figure]:
-    """All of them, in the order of the page. Where the values of the second axis belong to one of the first each (an axis that names
-    ablations, one with the values of each), every value of the first has a figure of its own."""
+    """All of them, in the order of the page. Where the first axis names ablations and the second has the values of each, every value of
+    the first has a figure of its own."""
     axes = settings(sweep)
     if not axes:
         return []
     whole, each = [{**row, "domain": ALL} for row in points(sweep)], points(sweep, "domain")
     rows = [*whole, *each] if len({row["domain"] for row in each}) > 1 else each
-    order = (axes[1], axes[2:3], (axes[0], *axes[3:])) if nested(whole, axes) else (axes[0], axes[1:2], axes[2:])
-    drawn = bars(rows, *order)
-    outer, inner = panels(whole, axes)
+    apart = nested(sweep, axes)
+    drawn = bars(rows, *((axes[1], axes[2:3], (axes[0], *axes[3:])) if apart else (axes[0], axes[1:2], axes[2:])))
+    outer, inner = panels(whole, axes, apart)
     return [*drawn, by_length(points(sweep, "steps"), outer, inner), *training_plots.figures(sweep, outer, inner)]

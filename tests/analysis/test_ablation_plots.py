@@ -48,7 +48,8 @@ def test_a_third_axis_makes_figures_and_many_settings_make_panels():
     bars = ablation_plots.bars(ablation_plots.points(sweep(axes), "domain"), "mode", ("k",), ("lr",))
     assert [figure.name for figure in bars] == ["success_by_setting_0.1"] and bars[0].title.endswith("lr 0.1")
     rows = ablation_plots.points(sweep(axes), "steps")
-    assert ablation_plots.panels(rows, ("mode", "k")) == (("mode",), ("k",)) and ablation_plots.panels(rows, ("mode",)) == ((), ("mode",))
+    assert ablation_plots.panels(rows, ("mode", "k"), False) == (("mode",), ("k",))
+    assert ablation_plots.panels(rows, ("mode",), False) == ((), ("mode",)) and not ablation_plots.nested(sweep(axes), ("mode", "k", "lr"))
     lengths = ablation_plots.by_length(rows, ("mode",), ("k",))
     assert [panel.title for panel in lengths.panels] == ["mode salient (n = 4)", "mode tail (n = 4)"]
     assert [line.label for line in lengths.panels[1].lines] == [f"k {k}" for k in range(8)]
@@ -66,6 +67,8 @@ def test_where_values_belong_to_one_ablation_each_every_ablation_has_its_figure(
     )
     axes = {"ablation": list(plan), "value": [v for values in plan.values() for v in values], "seed": [0]}
     drawn = ablation_plots.figures(Sweep("s", axes, cells))
+    unfinished = Sweep("s", axes, cells[:1], (), tuple(c.name for c in cells[1:]))
+    assert ablation_plots.nested(unfinished, ("ablation", "value"))  # by the plan, whatever is finished
     names = [f"success_by_setting_{a}" for a in plan] + ["success_by_length"] + [f"training_{a}_loss" for a in plan]
     assert [f.name for f in drawn] == names and drawn[0].title == "Success by value, ablation stages"
     assert drawn[0].panels[0].labels == ("sft", "student") and drawn[1].panels[0].labels == ("salient", "full")
