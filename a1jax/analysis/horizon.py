@@ -57,8 +57,7 @@ __all__ = [
 
 def middle(law: Law) -> tuple[float, float]:
     """(active parameters, horizon) in the grid's middle, the geometric mean over cells."""
-    less = 1.0 if law.form.measure == "feedback" else 0.0
-    return 2.0 ** law.scale.centre["active"], 2.0 ** law.scale.centre[law.form.measure] - less
+    return float(law.scale.values("active", 0.0)), float(law.scale.values(law.form.measure, 0.0))
 
 
 def better_measure(law: Law) -> tuple[str | None, str]:

@@ -62,10 +62,13 @@ def test_missing_cells_are_no_obstacle_and_their_corner_is_outside():
 
 def test_one_seed_is_said(law):
     found = horizon.analyse(cells(grid=Grid(seeds=(0,))), draws=50)
-    assert any("one seed: intervals are over tasks alone" in note for note in found.notes) and set(found.draws.over) == {"tasks", "chance"}
+    assert any("16 of 16 cells are their grid point's only seed: the luck of training is told from" in note for note in found.notes)
+    assert set(found.draws.over) == {"cells", "tasks", "chance"} and set(found.draws.weights) == {"tasks"}
     assert set(law.draws.over) == {"seeds", "tasks", "chance"} and not any("seed" in note for note in law.notes)
     rest = horizon.analyse([c for c in cells() if c.axes["seed"] == 0 or c.axes["size"] == "s"], draws=50)
-    assert any("12 of 24 cells are their grid point's only seed" in note for note in rest.notes)
+    assert any("12 of 24 cells are their grid point's only seed" in note for note in rest.notes) and "cells" in rest.draws.over
+    few = horizon.analyse([c for c in cells() if c.axes["seed"] == 0 or c.axes["horizon"] > 32], draws=50)
+    assert any("intervals hold too little of the luck" in note for note in few.notes) and "seeds" in few.draws.over
 
 
 def test_one_cell_gives_a_law_that_knows_it_knows_nothing():
@@ -240,6 +243,19 @@ def test_costs_of_a_given_models_operations(law):
     row = got.rows[10]
     assert row.train == pytest.approx(1000 * per_token(row.active, row.horizon)) and row.serve == pytest.approx(100 * row.active)
     assert got.least_training.active > got.least_serving.active
+
+
+def test_the_more_is_served_the_smaller_the_cheapest_model():
+    found = horizon.analyse(cells(seed=1), draws=20)
+    got = horizon.costs(found, 0.5, per_token=lambda active, tokens: tokens**4, tokens=1.0)
+    assert got.after(0) == got.least_training and got.after(1e30) == got.least_serving
+    assert got.least_training.active > got.least_serving.active
+
+
+def test_one_budget_of_operations_has_no_least_training():
+    found = horizon.analyse(cells(grid=Grid(budgets=("flops",)), seed=1), draws=20)
+    got = horizon.costs(found, 0.5)
+    assert got.least_training is None and got.least_serving is not None and "training costs the same everywhere" in got.sentence
 
 
 def test_a_success_that_the_grid_does_not_reach_has_no_cost():

@@ -101,6 +101,7 @@ def test_intervals_hold_the_known_rate_as_often_as_they_say():
         (Law(cells=0.5, tasks=1.0), SMALL),
         (Law(cells=0.5), Grid()),
         (Law(cells=0.5, tasks=0.5), Grid(seeds=(0, 1))),
+        (Law(cells=0.5), Grid(seeds=(0,))),
         (Law(interaction=0.3, cells=0.3), Grid()),
     ],
 )
