@@ -101,10 +101,12 @@ def _lines(axis: Any, panel: Panel) -> None:
         axis.set_xscale("log", base=2 if panel.whole else 10)
         if not panel.whole:
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}".replace("e+", "e")))
             axis.minorticks_off()
     if not panel.log_x and all(float(x).is_integer() for line in panel.lines for x in line.x):
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        if len(alone := {x for line in panel.lines for x in line.x}) == 1 and not panel.whole:
+            axis.set_xlim(min(alone) - 1, max(alone) + 1)
     if panel.limits:
         axis.set_ylim(*panel.limits)
         if panel.log and positive and panel.limits[1] < 100 * panel.limits[0]:  # powers of ten alone would be hardly any tick

@@ -12,6 +12,7 @@ from ..config import ConfigError
 from . import horizon
 from .figures import Figure, Line, Panel
 from .horizon import Law
+from .horizon_bootstrap import Draws
 from .horizon_plots import HORIZON, SIZE, H, Row, facets, points, sized, split, told
 from .sweep import Sweep, where
 
@@ -49,6 +50,7 @@ def fit(sweep: Sweep) -> Fitted:
 
 def isolines(law: Law, targets: Sequence[float] = TARGETS) -> tuple[Line, ...]:
     """Lines of equal success, x: horizon, y: active parameters, from half the grid's ends to twice; dashed where extrapolated."""
+    law = dataclasses.replace(law, draws=Draws({}, {}, ()))  # the lines have no intervals, which would take most of the time
     t = law.table
     active = np.geomspace(t.active.min() / BEYOND, t.active.max() * BEYOND, FINE)
     lines = []

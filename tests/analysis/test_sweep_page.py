@@ -43,7 +43,7 @@ def test_a_sweep_over_other_axes_has_bars(tmp_path, read_page):
     for path in (folder / "sweep.json", *folder.glob("cells/*/cell.json")):
         path.write_text(path.read_text().replace('"horizon"', '"k"'))
     found = read_page(sweep_page.write(folder).read_text())
-    assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training.csv"} <= set(found.addresses)
+    assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training_train_loss.csv"} <= set(found.addresses)
     assert "law" not in found.text
 
 
