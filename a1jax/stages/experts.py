@@ -13,6 +13,7 @@ from ..data import chat
 from ..data.packing import Example
 from ..data.tokenizer import Tokenizer
 from ..domains import Call, Domain, Task, solve
+from ..types import Trajectory
 
 # Seeds of tasks start here, one range per use, so that no use ever meets another's tasks.
 USES = ("sft", "teacher", "prompts", "heldout", "admission", "tokenizer", "reinforce")  # reinforce: what teachers are rolled out on
@@ -61,14 +62,22 @@ def examples(
 ) -> list[tuple[int, Example]]:
     """(steps, example) of every expert run, of several families one after the other, no seed twice; index is the domain's number in the
     batch. skip: as in ``tasks``."""
+    return [(steps, example(run, index, tokenizer, show_tools)) for steps, run in expert_runs(family, runs, use, seed, skip)]
+
+
+def expert_runs(family: Domain, runs: Runs | Sequence[Runs], use: str, seed: int, skip: int = 0) -> list[tuple[int, Trajectory]]:
+    """(steps, run) of every expert run, in the order of ``examples``."""
     out = []
     for part in several(runs):
-        for task in tasks(part.family or family, part.counts, use, seed, skip):
-            run = solve(task)
-            tokens, mask = chat.tokenize(tokenizer, list(run.messages), tools=run.tools if show_tools else ())
-            out.append((task.steps, Example(tokens=tokens, mask=mask, domain=index)))
+        out += [(task.steps, solve(task)) for task in tasks(part.family or family, part.counts, use, seed, skip)]
         skip += taken(part)
     return out
+
+
+def example(run: Trajectory, index: int, tokenizer: Tokenizer, show_tools: bool) -> Example:
+    """A run's tokens and mask; index: the domain's number in the batch."""
+    tokens, mask = chat.tokenize(tokenizer, list(run.messages), tools=run.tools if show_tools else ())
+    return Example(tokens=tokens, mask=mask, domain=index)
 
 
 def several(runs: Runs | Sequence[Runs]) -> tuple[Runs, ...]:

@@ -24,11 +24,11 @@ from ..data import tokenizer as tokenizers
 from ..data.packing import Example, plan
 from ..data.pieces import Piece
 from ..data.tokenizer import Tokenizer
-from ..domains import Domain
+from ..domains import Domain, feedback
 from ..models import flops, transformer
 from ..models.config import ModelConfig
 from ..rollout.agent import Engine, Limits
-from ..types import FINISHED, Params, TrainState
+from ..types import FINISHED, Params, TrainState, Trajectory
 from . import experts, sft
 from .pipeline import TokenizerConfig
 from .setting import Setting
@@ -110,6 +110,7 @@ def run(cell: HorizonCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict[
             "tokens": sum(tokens),
             "flops": sum(n * m.flops(cell.model) for n, m in zip(tokens, materials, strict=True)),
             **about_pieces(cut),
+            "feedback": mean_feedback(cell, tokenizer),
         },
         "tasks": tasks,
         "curves": curves(workdir),
@@ -130,7 +131,7 @@ def cut_runs(cell: HorizonCell, tokenizer: Tokenizer) -> list[tuple[int, Piece]]
     """(steps of the run, piece) of all runs of a seed, cut at the cell's horizon. Raises ConfigError where nothing is left."""
     out = []
     for index, family in enumerate(cell.families.values()):
-        for steps, example in pool(family, index, tuple(sorted(cell.runs.items())), cell.seed, tokenizer):
+        for steps, _, example in pool(family, index, tuple(sorted(cell.runs.items())), cell.seed, tokenizer):
             out += [(steps, piece) for piece in pieces.cut(example, cell.horizon, cell.arm)]
     first = phases_of(cell)[0].max_steps
     if not any(steps <= first for steps, _ in out):
@@ -139,9 +140,12 @@ def cut_runs(cell: HorizonCell, tokenizer: Tokenizer) -> list[tuple[int, Piece]]
 
 
 @functools.lru_cache(maxsize=16)
-def pool(family: Domain, index: int, counts: tuple[tuple[int, int], ...], seed: int, tokenizer: Tokenizer) -> list[tuple[int, Example]]:
-    """The finite expert runs of a seed; kept, as the cells of a process share them."""
-    return experts.examples(family, index, experts.Runs(dict(counts)), "sft", seed, tokenizer, False)
+def pool(
+    family: Domain, index: int, counts: tuple[tuple[int, int], ...], seed: int, tokenizer: Tokenizer
+) -> list[tuple[int, Trajectory, Example]]:
+    """The finite expert runs of a seed, each with its steps and its tokens; kept, as the cells of a process share them."""
+    runs = experts.expert_runs(family, experts.Runs(dict(counts)), "sft", seed)
+    return [(steps, run, experts.example(run, index, tokenizer, show_tools=False)) for steps, run in runs]
 
 
 @functools.lru_cache(maxsize=16)
@@ -226,13 +230,18 @@ def about_pieces(cut: Sequence[tuple[int, Piece]]) -> dict[str, float]:
         "longest_piece": max(lengths),
         "mean_piece": sum(lengths) / len(lengths),
         "with_question": sum(piece.question for _, piece in cut) / len(cut),
-        "feedback": sum(feedback(piece) for _, piece in cut) / len(cut),
     }
 
 
-def feedback(piece: Piece) -> float:
-    """Observations in a piece over those of its whole run."""
-    return len(piece.observations) / max(1, piece.demanded)
+def mean_feedback(cell: HorizonCell, tokenizer: Tokenizer) -> float:
+    """Effective feedback (arXiv 2605.29682, see domains/feedback.py) in a piece over what its run has, mean over the pieces."""
+    shares = []
+    for index, family in enumerate(cell.families.values()):
+        for _, run, example in pool(family, index, tuple(sorted(cell.runs.items())), cell.seed, tokenizer):
+            whole = feedback.effective(feedback.actions(run), feedback.asked(run), feedback.final_answer(run)).effective
+            cut = pieces.cut(example, cell.horizon, cell.arm)
+            shares += [feedback.of_piece(run, piece.observations, piece.question, whole).share for piece in cut]
+    return sum(shares) / len(shares)
 
 
 def curves(workdir: pathlib.Path) -> dict[str, list[list[float]]]:
