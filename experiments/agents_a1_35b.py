@@ -14,8 +14,48 @@ on v6e-256 (256 chips). All weights are cut over all chips: 2 experts of a layer
 Micro-batches of 16 rows in the stages whose batches are larger.
 
 Six frozen teachers stay on the chips, none is swapped: they are cut over all chips as the student is, 34.66e9 x 4 bytes / 128 = 1.08 GB of
-float32 each on v5p-256, 6.5 GB together of 95; swapping would move those bytes from disk or host at every step to save memory that nothing
-else needs.
+float32 each on v5p-256, 6.5 GB together of 102.8; swapping would move those bytes from disk or host at every step to save memory that
+nothing else needs. They score in turn, by one program whose argument is the teacher, and are not stacked: a stack would be a second copy.
+
+Compiled to the end at full depth by libtpu 0.0.52, no chip here. GB = 10^9 bytes per chip; beside: what the stage keeps in HBM besides.
+
+    stage  topology   mesh       tokens       arguments  temporaries  beside   peak     HBM   10^9 FLOPs/token   compiling      commit
+    sft    v5p:4x4x4  fsdp 64    64 x 4,096        6.52         6.19    2.17  15.26  102.79              19.39   461 s of CPU   7d26e11
+
+MaxText 0.2.5 takes 18.99 GB of temporaries for the same tokens on the same chips (../shared/design/platform.md): here a third of that.
+The time to compile hardly grows with depth, because the layers are a scan over blocks of 4: 8 layers take 364 s of CPU, 40 take 461. Nearly
+all of it is generating code, which begins a minute after the start, when memory is assigned. On a busy machine the wait was 23 minutes.
+
+FLOPs per token grow with the length by full attention alone, in 10 of 40 layers: 19.39e9 at 4,096; 50.60e9 at 131,072 with one run in a
+row, 2.61 times as many; 29.45e9 in rows packed with runs of 45,000, 1.52 times as many.
+
+    a1jax compile experiments/agents_a1_35b.py:v5p-256 --topology v5p:4x4x4 --stage sft --set 'mesh.shape={"fsdp": 64}' \\
+        sft.rows=64 sft.max_length=4096
+
+    sft: train_step   262,144 tokens a call   compiled in 1357 s   fits
+      bytes per device
+        arguments                                        6.516 GB
+        temporaries                                      6.186 GB
+        outputs                                          6.516 GB
+        of which aliased                                 6.516 GB
+        code                                             382.3 MB
+        beside: the parameters it began with             2.171 GB
+        peak                                             15.26 GB
+        HBM                                              102.8 GB
+      10^9 FLOPs per token by formula 19.39: forward 6.464, backward 12.93; besides, computed again 7.036
+        forward by part: delta projections 2.023, experts 2.013, output matrix 1.017, attention projections 0.5453, attention 0.3356,
+        shared expert 0.2518, delta rule 0.2361, router 0.04194
+      bytes through HBM per device and call 953.4 GB (8 loops without a known number of trips counted once)
+      collectives per device and call          axes                      count        result          sent
+        all-reduce                           fsdp                         436      15.69 GB      30.89 GB
+        all-to-all                           fsdp                         282      13.47 GB      13.26 GB
+      estimated 0.481 s a call, bound by compute (seconds: compute 0.481, hbm 0.345, ici 0.221); 545,182 tokens/s, 8,518 a chip
+      largest temporaries (of those that take turns in one place, the largest)
+          335.5 MB  f32[10,4,2048,1024]        jit(step)/transpose(jvp())/while/body/jit(dynamic_update_index_in_dim)/dynamic_update_slice
+      ... (7 more, and the largest arguments; the time is an estimate, not a measurement)
+
+The loops without a number of trips are rounds of models.exchange: balanced routing takes 2 at 4,096 tokens a chip, 8 at 16,384, and
+all-to-all that many times. Gathers of weights are among the all-reduces: over all 64 chips the compiler writes them as sums.
 """
 
 import dataclasses

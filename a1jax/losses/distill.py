@@ -28,11 +28,13 @@ from a1jax.kernels.vocab_align.members import Members
 from a1jax.kernels.vocab_align.ops import SLAB
 from a1jax.losses import divergence as divergences
 from a1jax.losses.full_kl import full_divergence
+from a1jax.sharding import platform
 from a1jax.types import Metrics
 
 Mode = Literal["salient", "tail", "full"]
 Valid = jax.Array | np.ndarray | None
 
+WIDE_SLAB = 1 << 26  # elements, 268 MB of float32: a loop over a few tokens at a time would leave a large device idle
 ABSENT = -1e30  # the logit of a place in S that no id takes: probability 0, and unlike -inf no "0 times inf" in the gradient
 
 
@@ -66,7 +68,7 @@ def sva(
     coverage: bool | jax.Array = True,
     tail_below: float = 0.0,
     block: int = 4096,
-    slab: int = SLAB,
+    slab: int | None = None,
     valid: Valid = None,
     members: Members | None = None,
     alone: jax.Array | np.ndarray | None = None,
@@ -78,7 +80,7 @@ def sva(
     teacher_logsumexp [N]: mode "tail" and tail_below only. coverage: False saves the student's log-sum-exp in mode "salient", the only
     thing there that reads its whole output matrix; a traced bool scalar decides that at run time. block, valid: of that log-sum-exp.
     tail_below: in mode "salient", tokens with less coverage than this are compared as in mode "tail", at its cost; 0: none.
-    slab: of ``gather_logits``, memory only.
+    slab: of ``gather_logits``, memory only; None: what suits the platform.
 
     members: with another tokenizer, from ``members.members``; support then holds units (-1: none), teacher_logits sums over their
     ids, and a teacher_logsumexp that is not given is 0: they are log-probabilities already. alone int32 [N], -1 for none: an id that is
@@ -99,6 +101,7 @@ def sva(
     if alone is not None and (members is None or alone.shape != weights.shape):
         raise ValueError(f"alone {alone.shape} needs members, and must be {weights.shape} as weights")
     _check(teacher_logits, support, weights, student_hidden, mode, teacher_logsumexp, tail_below)
+    slab = slab or (SLAB if platform() == "cpu" else WIDE_SLAB)
     term = divergences.term(divergence)
     teacher_logits = lax.stop_gradient(teacher_logits.astype(jnp.float32))
     present = jnp.logical_not(jnp.isneginf(teacher_logits))
@@ -160,7 +163,7 @@ def distill(
     coverage: bool = True,
     tail_below: float = 0.0,
     block: int = 4096,
-    slab: int = SLAB,
+    slab: int | None = None,
     valid: Valid = None,
 ) -> tuple[jax.Array, Metrics]:
     """``teacher_targets`` and ``sva`` in one, and the only way to mode "full"; arguments and errors are theirs.

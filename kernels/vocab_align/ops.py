@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import blocks
+from . import blocks, over_devices
 
 SLAB = 1 << 20  # elements of gathered rows alive at once: near a CPU's cache; an accelerator wants about 1 << 26
 
@@ -66,12 +66,13 @@ def gather_logits(hidden: jax.Array, unembed: jax.Array, ids: jax.Array, slab: i
     """float32 [N, k]: the logits of hidden [N, D] at ids int32 [N, k]: k rows of unembed [V, D] per token, not V.
 
     Gradient to hidden: the same rows gathered again; to unembed: a scatter-add, summed in float32, zero outside ids.
-    slab: elements of gathered rows [., k, D] alive at once; it bounds memory and changes nothing else.
+    slab: elements of gathered rows [., k, D] alive at once; it bounds memory and changes nothing else. Under a mesh the tokens are cut over
+    all its devices, each with a copy of unembed, see ``over_devices``; the gradient to unembed is summed over them once.
     """
     _check(hidden, unembed)
     if ids.ndim != 2 or ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"ids {ids.shape} do not belong to hidden {hidden.shape}: ids must be [{hidden.shape[0]}, k]")
-    return _gather(hidden, unembed, ids, slab)
+    return over_devices.by_rows(lambda rows, matrix: _gather(rows[0], matrix, rows[1], slab), (hidden, ids), unembed)
 
 
 def _check(hidden: jax.Array, unembed: jax.Array) -> None:

@@ -7,6 +7,9 @@ import pytest
 from a1jax.kernels.vocab_align import blocks, ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from a1jax.analysis import collectives, hlo_text
 
 N, D, V = 37, 16, 103
 
@@ -113,6 +116,27 @@ def test_logsumexp_and_its_gradient(block):
     expected, expected_grads = float64(jax.value_and_grad(dense, (0, 1)), hidden, unembed, weight)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
+
+
+def test_gathered_logits_over_devices_meet_once_and_not_in_every_slab():
+    """Tokens and the matrix's width are cut; 8 slabs on each of 4 devices. Value and gradients are those of one device."""
+    hidden, unembed = arrays(tokens=64)
+    ids = jnp.asarray(np.random.default_rng(2).integers(0, V, (64, 6)), jnp.int32)
+
+    def total(h, w):
+        return jnp.sum(jnp.sin(ops.gather_logits(h, w, ids, 2 * 6 * D)))
+
+    expected = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, unembed)
+    mesh = jax.make_mesh((2, 2), ("rows", "width"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in ((hidden, P(("rows", "width"))), (unembed, P(None, "width")))
+        ]
+        compiled = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*placed).compile()
+        got = compiled(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+    found = collectives.of_module(hlo_text.read(compiled.as_text()), dict(mesh.shape))
+    assert 0 < sum(entry["count"] for entry in found) < 8
 
 
 @pytest.mark.parametrize("slab", [1000, 1 << 20])
