@@ -40,8 +40,8 @@ def _sources():
         yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in sorted(ROOT.glob("kernels/**/*.py")):
         yield path, "a1jax." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in sorted(ROOT.glob("experiments/*.py")):
-        yield path, "experiments." + path.stem
+    for path in sorted(ROOT.glob("experiments/**/*.py")):
+        yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 SOURCES = list(_sources())
@@ -156,17 +156,17 @@ def test_the_readme_has_its_two_lines():
 
 
 BENCHES = sorted(ROOT.glob("experiments/bench_*.py"))
-EXPERIMENTS = sorted(set(ROOT.glob("experiments/*.py")) - set(BENCHES))
+EXPERIMENTS = sorted(set(ROOT.glob("experiments/**/*.py")) - set(BENCHES))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_says_what_it_is_and_loads_with_every_documented_arg(path, tmp_path):
-    text = path.read_text()
+    text, name = path.read_text(), path.relative_to(ROOT).as_posix()
     docstring = ast.get_docstring(ast.parse(text))
-    assert docstring and f"a1jax run experiments/{path.name}" in docstring
+    assert docstring and f"a1jax run {name}" in docstring
     names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     assert "get_config" in names
-    args = {""} | set(re.findall(rf"experiments/{re.escape(path.name)}:([\w,=.+-]*\w)", docstring))
+    args = {""} | set(re.findall(rf"{re.escape(name)}:([\w,=.+-]*\w)", docstring))
     for arg in sorted(args):
         cfg = config.load(f"{path}:{arg}")
         config.check(cfg)

@@ -98,6 +98,25 @@ def test_search_refuses_wrong_missing_and_unread_answers():
     assert (judged.status, judged.reward) == (FAILED, 0.0) and judged.records[-1].outcome.startswith("evidence:")
 
 
+def test_search_with_a_fixed_number_of_pages_numbers_its_steps_from_anywhere():
+    family = Search(pages=64, numbers=48)
+    numbers, sizes = set(), set()
+    for seed in range(60):
+        task = family.propose(seed, 3)
+        assert solve(task).reward == 1.0
+        assert [f" {i} {r}" in task.question for i, r in enumerate(task.relations, task.first)] == [True] * 3
+        numbers |= set(range(task.first, task.first + 3))
+        sizes.add(task.graph.size)
+    assert len(numbers) > 40 and max(numbers) <= 48 and min(numbers) >= 1 and sizes == {64}
+    assert solve(family.propose(0, 40, "heldout")).reward == 1.0 and family.propose(0, 48).first == 1
+    assert Search().propose(5, 3) == dataclasses.replace(Search().propose(5, 3), first=1)
+    for steps in (49, 50):
+        with pytest.raises(ConfigError, match="numbers"):
+            family.propose(0, steps)
+    with pytest.raises(ConfigError, match="pages"):
+        Search(pages=4)
+
+
 def test_search_graph_links_follow_the_split_and_descriptions_are_unique():
     for split in ("train", "heldout"):
         graph = Graph(seed=9, size=320, degree=3, split=split)
