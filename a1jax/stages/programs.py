@@ -171,7 +171,7 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
         cost = flops.forward(m, own.limits.max_length, 0.0 if everything else 1.0)
         if own.own_weight < 1:
             fn, args, cost = _mixed(own, models, domain, held, batch)
-            others = {}
+            others = {n: p for n, p in held.items() if not any(p is one for one in args[0])}
         scores[domain] = jax.eval_shape(fn, *args)
         beside = {"the state": state, **others, **first}
         yield Program("distill", f"score/{domain}", fn, args, own.rows * own.max_length, cost, "distill", beside)
