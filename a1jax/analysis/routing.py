@@ -33,8 +33,8 @@ from .shown import Drawn, Table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loads:
-    """R runs of some domains, L layers, E experts. pairs: float64 [R, L, E], token-expert pairs of each run; of_run: int [R], the place of its
-    domain in ``domains``. name: of the model."""
+    """R runs of some domains, L layers, E experts. pairs: float64 [R, L, E], token-expert pairs of each run; of_run: int [R], the place of
+    its domain in ``domains``. name: of the model."""
 
     name: str
     domains: tuple[str, ...]
@@ -49,8 +49,8 @@ class Loads:
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """Mean over pairs of domains of their distance, one number a layer [L]. dealt: the mean of the same over shuffles of the runs; most: its
-    95th percentile. p: share of the shuffles, the real one among them, that are at least as far apart."""
+    """Mean over pairs of domains of their distance, one number a layer [L]. dealt: the mean of the same over shuffles of the runs; most:
+    its 95th percentile. p: share of the shuffles, the real one among them, that are at least as far apart."""
 
     found: tuple[float, ...]
     dealt: tuple[float, ...]
@@ -74,8 +74,7 @@ def first_stage(experiment: str, into: str | pathlib.Path, changes: Sequence[str
             print(f"stage 1 of {experiment}, {cfg.sft.steps} steps")
             show = cfg.limits.show_tools
             made = [
-                experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show)
-                for i, d in enumerate(cfg.domains)
+                experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)
             ]
             sft.run(cfg.sft, setting.init_params(), sft.Curriculum(cfg.sft, list(itertools.chain(*made)), setting), setting)
     return folder

@@ -41,9 +41,7 @@ class Table:
     def __repr__(self) -> str:
         cells, right = self.texts(), self._right()
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = [
-            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
-        ]
+        lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells]
         return "\n".join(filter(None, (self.title, lines[0], "-" * len(lines[0]), *lines[1:], self.note)))
 
     def _repr_html_(self) -> str:
@@ -132,7 +130,9 @@ def cell_text(cell: Any) -> str:
 
 
 def _row(tag: str, cells: Sequence[str], sides: Sequence[str], style: str) -> str:
-    made = (f'<{tag} style="text-align:{s};{style};white-space:pre-wrap">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True))
+    made = (
+        f'<{tag} style="text-align:{s};{style};white-space:pre-wrap">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True)
+    )
     return f"<tr>{''.join(made)}</tr>"
 
 

@@ -17,10 +17,11 @@ from ..align import byte_table, spans, target, vocab_map
 from ..align.trie import NONE
 from ..align.vocab_map import VocabMap
 from ..config import ConfigError
+from ..data import chat
 from ..data import tokenizer as tokenizers
 from ..data.tokenizer import Tokenizer
-from ..domains import QUICKSTART, solve
-from ..stages import cross_tokenizer, experts, folders, scoring
+from ..domains import QUICKSTART, Task, solve
+from ..stages import cross_tokenizer, experts, folders
 from . import reading
 from .figures import Bars, Figure
 from .shown import Drawn, Markup, Several, Table
@@ -69,12 +70,9 @@ def pair(student: str | pathlib.Path | None, teacher: str | pathlib.Path | None,
     return Pair(*sides, vocab_map.build(*sides, mode), tuple(dict.fromkeys(written)))
 
 
-def _turns(task) -> list[str]:
-    """What the expert writes, turn by turn: its thought and its call or answer, as text."""
-    calls = ((m, m.get("tool_calls") or ()) for m in solve(task).messages if m["role"] == "assistant")
-    return [
-        f"{m.get('reasoning_content') or ''}\n{m.get('content') or ''}{''.join(map(reading.arguments, own))}".strip() for m, own in calls
-    ]
+def _turns(task: Task) -> list[str]:
+    """What the expert writes, turn by turn: its thought and its call or answer."""
+    return [chat.turn_text(message) for message in solve(task).messages if message["role"] == "assistant"]
 
 
 def counts(pair: Pair) -> Table:
@@ -173,7 +171,9 @@ def _of_model(folder: pathlib.Path, ids: Sequence[int], rows: int) -> np.ndarray
 
     model, _ = folders.read_model(folder)
     if model.vocab_size != rows:
-        raise ConfigError(f"{folder}: a model of {model.vocab_size} ids, the teacher's tokenizer has {rows}: give the one it was trained with")
+        raise ConfigError(
+            f"{folder}: a model of {model.vocab_size} ids, the teacher's tokenizer has {rows}: give the one it was trained with"
+        )
     params = checkpoint.load_params(folder / "params", checkpoint.stored_params(folder / "params"))
     read = jnp.asarray([[ids[-1], *ids[:-1]]], jnp.int32)
     at = jnp.arange(len(ids), dtype=jnp.int32)[None]
@@ -194,7 +194,9 @@ def side_by_side(pair: Pair, turn: Turn) -> Markup:
             b += 1
         rows = [_boxes(pair.student, turn.ours[first:a], first), _boxes(pair.teacher, turn.theirs[second:b], second)]
         made.append(f'<div style="display:inline-block;border-left:2px solid #24292f;margin:3px 0;padding:0 1px">{"<br>".join(rows)}</div>')
-        sides = ("|".join(piece(t, i) for i in ids) for t, ids in ((pair.student, turn.ours[first:a]), (pair.teacher, turn.theirs[second:b])))
+        sides = (
+            "|".join(piece(t, i) for i in ids) for t, ids in ((pair.student, turn.ours[first:a]), (pair.teacher, turn.theirs[second:b]))
+        )
         plain.append(" / ".join(sides))
     head = '<div style="font-size:90%;color:#57606a">upper row: student, lower row: teacher; ⏎ is a line end, · a space</div>'
     return Markup(f'{head}<div style="font-family:monospace;font-size:85%;line-height:1.5">{"".join(made)}</div>', "\n".join(plain))
@@ -209,7 +211,8 @@ def _cuts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, int]]:
 def _boxes(tokenizer: Tokenizer, ids: Sequence[int], first: int) -> str:
     style = "background:{};border:1px solid #b6bec8;border-radius:3px;margin:1px;padding:0 2px;white-space:pre"
     return "".join(
-        f'<span style="{style.format(SHADES[(first + n) % 2])}" title="id {i}">{html.escape(piece(tokenizer, i))}</span>' for n, i in enumerate(ids)
+        f'<span style="{style.format(SHADES[(first + n) % 2])}" title="id {i}">{html.escape(piece(tokenizer, i))}</span>'
+        for n, i in enumerate(ids)
     )
 
 
@@ -220,7 +223,9 @@ def positions(pair: Pair, turn: Turn) -> Table:
         j, m = int(s.teacher[i]), int(s.last[i])
         inside = "" if s.masked[i] else "|".join(piece(pair.teacher, t) for t in turn.theirs[j : m + 1])
         where = None if s.masked[i] else j if j == m else f"{j}-{m}"
-        rows.append((i, piece(pair.student, token), where and str(where) or ("0" if where == 0 else None), inside, int(s.offset[i]), kind(s, i)))
+        rows.append(
+            (i, piece(pair.student, token), where and str(where) or ("0" if where == 0 else None), inside, int(s.offset[i]), kind(s, i))
+        )
     report = s.report()
     note = ", ".join(f"{name} {100 * report[name]:.0f} %" for name in ("straddled", "chained", "masked"))
     columns = ("position", "student's token", "teacher's place", "teacher's tokens", "bytes pending", "kind")
@@ -257,10 +262,19 @@ def one_target(pair: Pair, turn: Turn, position: int, k: int = 8) -> Several:
     best = np.argsort(-mass, kind="stable")[:k]
     total = mass.sum()
     rows = [
-        (int(ids[n]), piece(pair.teacher, ids[n]), float(mass[n] / total), None if units[n] == NONE else int(units[n]), piece(pair.student, units[n]))
+        (
+            int(ids[n]),
+            piece(pair.teacher, ids[n]),
+            float(mass[n] / total),
+            None if units[n] == NONE else int(units[n]),
+            piece(pair.student, units[n]),
+        )
         for n in best
     ]
-    written, pending = turn.ours[position], (made.teacher_symbols[made.teacher_starts[turn.theirs[j]] :][:offset]).astype(np.uint8).tobytes()
+    written, pending = (
+        turn.ours[position],
+        (made.teacher_symbols[made.teacher_starts[turn.theirs[j]] :][:offset]).astype(np.uint8).tobytes(),
+    )
     said = f"the student wrote {piece(pair.student, written)!r} ({kind(s, position)}"
     said += f", {readable(pending)!r} of the teacher's token already written)" if offset else ")"
     columns = ("teacher id", "its text", "probability", "student id", "its text")
