@@ -1,11 +1,10 @@
 """Runs a notebook top to bottom with the kernel of this interpreter and writes it back with its outputs: a process of its own for
 tests/test_notebooks.py, whose rules on warnings are not for the sockets between a client and a kernel.
 
-    python tests/run_notebook.py NOTEBOOK       # in its folder; prints the seconds it took and the CPU seconds of all its processes
+    python tests/run_notebook.py NOTEBOOK       # in its folder; prints the seconds it took
 """
 
 import pathlib
-import resource
 import sys
 import time
 
@@ -22,8 +21,7 @@ def main(path):
     book, began = nbformat.read(path, as_version=4), time.perf_counter()
     nbclient.NotebookClient(book, timeout=600, km=manager, resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(book, path)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"{path.stem}: {time.perf_counter() - began:.0f} s, CPU {used.ru_utime + used.ru_stime:.0f} s")
+    print(f"{path.stem}: {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

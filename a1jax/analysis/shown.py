@@ -67,7 +67,7 @@ class Drawn:
 
     def _repr_html_(self) -> str:
         if not self.figure.panels:
-            return f"{_title(self.figure.title)}{_note('Nothing to show.')}"
+            return f"{_title(self.figure.title)}{_note(self.figure.caption or 'Nothing to show.')}"
         # As an image: inside one, a figure's names cannot meet another's.
         data = base64.b64encode(drawing.draw(self.figure).encode()).decode()
         image = f'<img style="max-width:100%;background:white" src="data:image/svg+xml;base64,{data}">'

@@ -36,7 +36,8 @@ def figures(found: Sweep) -> Several:
 
 def findings(found: Sweep) -> Markup:
     """What the sweep says, in sentences: the law, which measure of the horizon predicts better, exchange rate, where it stops, costs."""
-    return text("\n".join(horizon.summary(found)))
+    fitted = law_plots.fit(found)
+    return text("\n".join(horizon.summary(found) if fitted.laws else [f"No law: {line}" for line in fitted.refused]))
 
 
 def exchange(found: Sweep) -> Several:
