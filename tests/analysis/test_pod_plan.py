@@ -1,4 +1,4 @@
-"""Reports of `a1jax compile`, made up here: their parts add up to the peak, sweeps and single ones are read, a missing compiler is a line."""
+"""Reports of `a1jax compile`, made up here: parts add up to the peak, sweeps and single ones are read, a missing compiler is a line."""
 
 import importlib.util
 import json
