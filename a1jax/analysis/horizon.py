@@ -15,9 +15,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+from scipy import special
+
 from ..config import ConfigError
+from ..stages.evaluate import wilson
+from . import horizon_fit
 from .horizon_cost import Cost, Costs, costs
-from .horizon_fit import Form, Score, folds
+from .horizon_fit import Form, Score
 from .horizon_law import Law, Prediction, analyse, inside, predict, warning
 from .horizon_rate import Iso, Rate, exchange, iso
 from .horizon_stops import Stop, stops
@@ -34,12 +39,14 @@ __all__ = [
     "Score",
     "Stop",
     "analyse",
+    "beyond_tasks",
     "better_measure",
     "costs",
     "exchange",
     "inside",
     "iso",
     "middle",
+    "misses",
     "predict",
     "rows",
     "stops",
@@ -50,8 +57,7 @@ __all__ = [
 
 def middle(law: Law) -> tuple[float, float]:
     """(active parameters, horizon) in the grid's middle, the geometric mean over cells."""
-    less = 1.0 if law.form.measure == "feedback" else 0.0
-    return 2.0 ** law.scale.centre["active"], 2.0 ** law.scale.centre[law.form.measure] - less
+    return float(law.scale.values("active", 0.0)), float(law.scale.values(law.form.measure, 0.0))
 
 
 def better_measure(law: Law) -> tuple[str | None, str]:
@@ -63,7 +69,7 @@ def better_measure(law: Law) -> tuple[str | None, str]:
     name, ahead = ("tokens", tokens) if tokens.held_out >= feedback.held_out else ("feedback", feedback)
     behind = feedback if ahead is tokens else tokens
     wins = sum(a > b for a, b in zip(ahead.by_fold, behind.by_fold, strict=True))
-    left_out = folds(law.table)[1]
+    left_out = horizon_fit.folds(law.table)[1]
     text = f"effective feedback {feedback.held_out:.4f}, tokens {tokens.held_out:.4f} nats per run on left-out {left_out}"
     if wins < len(ahead.by_fold):
         return (
@@ -72,6 +78,37 @@ def better_measure(law: Law) -> tuple[str | None, str]:
         )
     long = "Effective feedback" if name == "feedback" else "The horizon in tokens"
     return name, f"{long} predicts success better, in all {wins} folds: {text}."
+
+
+def beyond_tasks(law: Law) -> str:
+    """Whether the horizon counts beyond a task's length, by the same comparison: one sentence."""
+    plain, capped = (next((s for s in law.scores if s.form.measure == m and s.form.sizes), None) for m in ("tokens", "reach"))
+    if plain is None or capped is None or math.isnan(plain.held_out):
+        return "No horizon is longer than the tasks: whether it counts beyond their end cannot be told."
+    wins = sum(a > b for a, b in zip(capped.by_fold, plain.by_fold, strict=True))
+    text = f"{capped.held_out:.4f} nats per held-out run against {plain.held_out:.4f}, better in {wins} of {len(plain.by_fold)} folds"
+    if wins == len(plain.by_fold):
+        return f"The horizon counts only up to a task's length: so counted it predicts success better, {text}."
+    if wins == 0:
+        return f"The horizon counts beyond a task's length: cut off there it predicts success worse, {text}."
+    return f"Whether the horizon counts beyond a task's length cannot be told: cut off there, {text}."
+
+
+def misses(law: Law) -> tuple[int, int]:
+    """(points that the law misses, points): observed success of a grid point and a group of tasks, over its seeds, whose Wilson interval
+    does not hold the law's. One in twenty is chance; more says that the law's form does not fit, or that seeds differ."""
+    t = law.table
+    x = horizon_fit.rows(t, law.form, law.scale)
+    p = special.expit(x @ law.beta).reshape(len(t.cells), -1)
+    wins, n = t.counts
+    found = []
+    for point in np.unique(t.points):
+        mine = t.points == point
+        for g in np.flatnonzero(n[mine].sum(0)):
+            low, high = wilson(int(wins[mine, g].sum()), int(n[mine, g].sum()))
+            expected = (p[mine, g] * n[mine, g]).sum() / n[mine, g].sum()
+            found.append(not low <= expected <= high)
+    return sum(found), len(found)
 
 
 def summary(found: Sweep, draws: int = 400, targets: tuple[float, ...] = (0.5,)) -> list[str]:
@@ -104,7 +141,9 @@ def _of_law(law: Law, targets: tuple[float, ...]) -> list[str]:
     score = "" if math.isnan(best.held_out) else f" ({best.held_out:.4f} nats per held-out run; without the horizon {_without(law)})"
     said = [f"The law of {law.form} over {len(law.table.cells)} cells and {int(law.table.counts[1].sum())} runs{score}."]
     said += [f"Note: {note}." for note in law.notes]
-    said += [better_measure(law)[1], exchange(law, *middle(law)).sentence]
+    missed, points = misses(law)
+    said.append(f"The law lies outside the Wilson interval of {missed} of {points} points (one in twenty is chance).")
+    said += [better_measure(law)[1], beyond_tasks(law), exchange(law, *middle(law)).sentence]
     said += [s.sentence for s in stops(law)]
     for target in targets:
         try:

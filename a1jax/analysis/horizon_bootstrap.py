@@ -6,10 +6,12 @@ seeds, would count the chance of a single run twice, since each of the two alrea
 the estimate with the fit's curvature, is the third kind of draws: it knows that runs which all failed say little, where resampling them
 always finds the same.
 
-Seeds are drawn inside each grid point: cells that differ in nothing but the seed; the seed of one size is no kin to that of another. Tasks
-are drawn inside each domain and number of steps, the same draw for all cells. Both draw k - 1 of k with replacement and weigh them by
-k / (k - 1), so that variances are right for small k (Rao and Wu, 1988, "Resampling inference with complex survey data"). The deviations
-of the refitted coefficients are stretched by Student's t over the normal quantile, for the few degrees of freedom that few seeds leave.
+Seeds are drawn inside each grid point: cells that differ in nothing but the seed; the seed of one size is no kin to that of another. Where
+a grid point has one seed, its cell is drawn from among all such cells, as points of a regression are: the luck of training is then what
+cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of steps, the same
+draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for small k (Rao and Wu,
+1988, "Resampling inference with complex survey data"). The deviations of the refitted coefficients are stretched by Student's t over the
+normal quantile, for the few degrees of freedom that few seeds leave.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ DRAWS = 400
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """over: "seeds", "tasks", "chance" -> [B, P] coefficients; what could not be resampled (one seed, one task of a kind) is not in it.
-    weights: seeds, tasks -> ([B, C] weights of cells, [B, T] weights of tasks). notes: what the intervals do not hold."""
+    """over: "seeds" (or "cells", where grid points have one seed), "tasks", "chance" -> [B, P] coefficients; what could not be resampled is
+    not in it. weights: "seeds", "tasks" -> ([B, C] weights of cells, [B, T] weights of tasks). notes: what the intervals do not hold."""
 
     over: dict[str, np.ndarray]
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -38,35 +40,44 @@ class Draws:
 def draw(t: Table, form: Form, at: Scale, beta: np.ndarray, draws: int = DRAWS, seed: int = 0, ridge: float = RIDGE) -> Draws:
     """beta: the estimate, where refitting begins."""
     rng = np.random.default_rng(seed)
-    alone = np.bincount(t.points)[t.points] == 1
-    single = np.bincount(t.group)[t.group] == 1
-    notes, weights = [], {}
-    ones = np.ones((draws, len(t.cells))), np.ones((draws, len(t.group)))
-    if alone.all():
-        notes.append("one seed: intervals are over tasks alone and hold nothing of how much training differs from seed to seed")
-    else:
-        weights["seeds"] = (rao_wu(rng, t.points, draws), ones[1])
-        if alone.any():
-            notes.append(
-                f"{alone.sum()} of {len(alone)} cells are their grid point's only seed: intervals hold too little of seeds' spread"
-            )
-    if single.all():
-        notes.append("one task of each kind: intervals hold nothing of how much tasks differ")
-    else:
-        weights["tasks"] = (ones[0], rao_wu(rng, t.group, draws))
     x = horizon_fit.rows(t, form, at)
     penalty = horizon_fit.penalties(form, at, t.domains, ridge)
-    over = {name: refit(x, *counts(t, w), penalty, beta) for name, w in weights.items()}
-    stretched = {name: beta + (drawn - beta) * stretch(t.points if name == "seeds" else t.group) for name, drawn in over.items()}
+    ones = np.ones((draws, len(t.cells))), np.ones((draws, len(t.group)))
+    alone = np.bincount(t.points)[t.points] == 1
+    along_cells = len(beta) - len(t.domains)  # coefficients that lone cells must tell: intercept and all slopes but that of steps
+    notes, weights, over = [], {}, {}
+    if not alone.all():
+        weights["seeds"] = (rao_wu(rng, t.points, draws), ones[1])
+    if (np.bincount(t.group) > 1).any():
+        weights["tasks"] = (ones[0], rao_wu(rng, t.group, draws))
+    else:
+        notes.append("one task of each kind: intervals hold nothing of how much tasks differ")
+    for name, w in weights.items():
+        off = refit(x, *counts(t, w), penalty, beta) - beta
+        over[name] = beta + off * stretch(t.points if name == "seeds" else t.group)
+    if alone.sum() > along_cells + 1:
+        strata = np.where(alone, -1, t.points)
+        off = refit(x, *counts(t, (rao_wu(rng, strata, draws), ones[1])), penalty, beta) - beta
+        over.pop("seeds", None)
+        over["cells"] = beta + off * stretch(strata, along_cells)
+        rest = "the luck of training is told from how far cells lie off the law, as if the law's form were right"
+        notes.append(f"{alone.sum()} of {len(alone)} cells are their grid point's only seed: {rest}")
+    elif alone.any():
+        notes.append(
+            f"{alone.sum()} of {len(alone)} cells are their grid point's only seed: intervals hold too little of the luck of training"
+        )
     curvature = horizon_fit.hessian(beta, x, t.counts[1].ravel(), penalty)
-    chance = rng.multivariate_normal(beta, np.linalg.inv(curvature), draws)
-    return Draws({**stretched, "chance": chance}, weights, tuple(notes))
+    over["chance"] = rng.multivariate_normal(beta, np.linalg.inv(curvature), draws)
+    return Draws(over, weights, tuple(notes))
 
 
-def stretch(stratum: np.ndarray) -> float:
-    """The 97.5 % quantile of Student's t over the normal one, with units less strata for degrees of freedom: 1.15 for 9 pairs of seeds."""
-    free = len(stratum) - len(np.unique(stratum))
-    return float(stats.t.ppf(0.975, free) / stats.norm.ppf(0.975))
+def stretch(stratum: np.ndarray, fitted: int = 1) -> float:
+    """The 97.5 % quantile of Student's t over the normal one, with units less strata for degrees of freedom: 1.15 for 9 pairs of seeds.
+
+    fitted: coefficients that the units of a stratum tell, where it is not their mean alone: those cost degrees of freedom, too."""
+    units, strata = len(stratum), len(np.unique(stratum))
+    free = units - strata - (fitted - 1)
+    return float(stats.t.ppf(0.975, free) / stats.norm.ppf(0.975) * np.sqrt((units - strata) / free))
 
 
 def rao_wu(rng: np.random.Generator, stratum: np.ndarray, draws: int) -> np.ndarray:

@@ -17,6 +17,8 @@ from ..config import ConfigError
 from .horizon_law import Law
 from .horizon_rate import Iso, iso
 
+ALIKE = 1.01  # trainings whose costs differ by less cost the same
+
 PerToken = Callable[[float, float], float]
 """(active parameters, horizon in tokens) -> operations per token of training."""
 
@@ -35,14 +37,18 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """rows: by size. least_training, least_serving: among those inside the grid; None where none is. outside: the same among all, where
-    one beyond the grid would be cheaper still."""
+    """rows: by size. least_training, least_serving: among those inside the grid; None where none is, and least_training also where all
+    train for the same within a hundredth, as they do where the budget is one of operations."""
 
     target: float
     rows: tuple[Cost, ...]
     least_training: Cost | None
     least_serving: Cost | None
     sentence: str
+
+    def after(self, runs: float) -> Cost | None:
+        """The cheapest inside the grid once it has served so many runs: training and serving together."""
+        return min((row for row in self.rows if row.inside), key=lambda row: row.train + runs * row.serve, default=None)
 
 
 def costs(
@@ -67,6 +73,8 @@ def costs(
     rows = tuple(_cost(curve, i, rate, budget, of_run) for i in range(len(curve.active)) if np.isfinite(curve.horizon[i]))
     within = [row for row in rows if row.inside]
     training, serving = (min(within, key=key, default=None) for key in (lambda r: r.train, lambda r: r.serve))
+    if within and max(row.train for row in within) < ALIKE * training.train:
+        training = None
     return Costs(target, rows, training, serving, _sentence(target, training, serving))
 
 
@@ -99,8 +107,11 @@ def _line(law: Law, what: str) -> PerToken:
 
 
 def _sentence(target: float, training: Cost | None, serving: Cost | None) -> str:
-    if training is None or serving is None:
+    if serving is None:
         return f"No size and horizon inside the grid have a success of {100 * target:.0f} %."
-    train = f"{training.train:.3g} operations with {training.active:.3g} active parameters and a horizon of {training.horizon:.3g} tokens"
-    serve = f"{serving.serve:.3g} operations a run with {serving.active:.3g} and {serving.horizon:.3g}"
-    return f"A success of {100 * target:.0f} % inside the grid takes least training, {train}; least serving, {serve}."
+    serve = f"least serving, {serving.serve:.3g} operations a run, with {serving.active:.3g} active parameters and a horizon of "
+    serve += f"{serving.horizon:.3g} tokens"
+    if training is None:
+        return f"A success of {100 * target:.0f} % inside the grid takes {serve}; training costs the same everywhere."
+    train = f"{training.train:.3g} operations, with {training.active:.3g} and {training.horizon:.3g}"
+    return f"A success of {100 * target:.0f} % inside the grid takes {serve}; least training, {train}."

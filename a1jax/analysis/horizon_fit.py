@@ -2,10 +2,12 @@
 
     logit p = intercept of the domain + a * log2 N + b * log2 H + c * log2 steps [+ d * log2 N * log2 H]
 
-N: active parameters, total ones or both; H: tokens of a training row, or the effective feedback of a training piece (log2(1 + F), which
-holds where a piece is too short for any). All logarithms are centred on the table's means. The fit is penalised: RIDGE is the weight of
-a normal prior around 0 on every coefficient, slopes taken per standard deviation of their covariate (RIDGE = 0.1: standard deviation 3.2
-logits), so that data which a line separates (all runs of a size failed) have an answer; against hundreds of runs it weighs nothing.
+N: active parameters, total ones or both; H: tokens of a training row, or the effective feedback of a training piece. Where pieces of a
+cell are too short for any feedback, half of the least that another cell has is added to all, so that there is a logarithm. For comparison
+H counts only up to a task's length ("reach"): what lies beyond a task's end can teach nothing about it. All logarithms are centred on the
+table's means. The fit is penalised: RIDGE is the weight of a normal prior around 0 on every coefficient, slopes taken per standard
+deviation of their covariate (RIDGE = 0.1: standard deviation 3.2 logits), so that data which a line separates (all runs of a size failed)
+have an answer; against hundreds of runs it weighs nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .sweep import Cell
 RIDGE = 0.1
 COLLINEAR = 0.98  # correlation of log2 total with log2 active over the cells from which the two cannot be told apart
 FOLDS = 5
-Measure = Literal["tokens", "feedback", "none"]
+Measure = Literal["tokens", "feedback", "reach", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Table:
     seeds: tuple[Any, ...]
     points: np.ndarray
     lengths: np.ndarray
+    offset: float = 0.0  # added to feedback before its logarithm
 
     @functools.cached_property
     def domains(self) -> tuple[str, ...]:
@@ -59,6 +62,11 @@ class Table:
         member = (self.group[:, None] == np.arange(len(self.groups))).astype(float)
         asked = ~np.isnan(self.success)
         return np.nan_to_num(self.success) @ member, asked @ member
+
+    @functools.cached_property
+    def reach(self) -> np.ndarray:
+        """[C, G], the horizon in tokens, but no more than the length of a group's solved runs."""
+        return np.fmin(self.tokens[:, None], self.lengths[None])
 
     @functools.cached_property
     def mix(self) -> np.ndarray:
@@ -103,6 +111,7 @@ def table(cells: Sequence[Cell]) -> Table:
                 solved.setdefault((t["domain"], t["steps"]), []).append(t["tokens"])
     rest = [tuple(pair for pair in key if pair[0] != "seed") for key in keys]
     numbers = {key: i for i, key in enumerate(dict.fromkeys(rest))}
+    feedback = np.array([_number(c.train.get("feedback")) for c in cells])
     return Table(
         cells=cells,
         success=success,
@@ -111,9 +120,10 @@ def table(cells: Sequence[Cell]) -> Table:
         active=np.array([float(c.parameters["active"]) for c in cells]),
         total=np.array([float(c.parameters["total"]) for c in cells]),
         tokens=np.array(tokens, float),
-        feedback=np.array([_number(c.train.get("feedback")) for c in cells]),
+        feedback=feedback,
         seeds=tuple(c.axes.get("seed") for c in cells),
         points=np.array([numbers[key] for key in rest]),
+        offset=0.5 * min([f for f in feedback if f > 0], default=2.0) if 0 in feedback else 0.0,
         lengths=np.array([np.median(solved[g]) if g in solved else np.nan for g in groups]),
     )
 
@@ -131,7 +141,12 @@ class Form:
     interaction: bool = False
 
     def __str__(self) -> str:
-        horizon = {"tokens": "horizon in tokens", "feedback": "effective feedback", "none": "no horizon"}[self.measure]
+        horizon = {
+            "tokens": "horizon in tokens",
+            "feedback": "effective feedback",
+            "reach": "horizon up to a task's length",
+            "none": "no horizon",
+        }[self.measure]
         return f"{' and '.join(self.sizes) or 'no'} parameters, {horizon}{', interaction' if self.interaction else ''}"
 
 
@@ -141,23 +156,30 @@ class Scale:
 
     centre: dict[str, float]
     spread: dict[str, float]
+    offset: float = 0.0  # added to feedback before its logarithm
+
+    def logs(self, name: str, values: Any) -> np.ndarray:
+        """log2 of a covariate's values, centred."""
+        values = np.asarray(values, float) + (self.offset if name == "feedback" else 0.0)
+        return np.log2(values) - self.centre.get(name, 0.0)
+
+    def values(self, name: str, logs: Any) -> np.ndarray:
+        """The inverse of ``logs``; nothing is less than 0."""
+        found = np.exp2(np.asarray(logs, float) + self.centre.get(name, 0.0))
+        return np.maximum(0.0, found - self.offset) if name == "feedback" else found
 
 
 def scale(t: Table) -> Scale:
-    columns = {name: logs(name, getattr(t, name)) for name in ("active", "total", "tokens", "feedback")}
+    columns = {name: np.log2(getattr(t, name)) for name in ("active", "total", "tokens")}
+    columns["feedback"], columns["reach"] = np.log2(t.feedback + t.offset), np.log2(t.reach).ravel()
     columns["steps"] = np.repeat(np.log2([s for _, s in t.groups]), np.maximum(1, t.counts[1].sum(0)).astype(int))
-    return Scale(
-        {name: float(values.mean()) for name, values in columns.items()}, {name: float(values.std()) for name, values in columns.items()}
-    )
-
-
-def logs(name: str, values: Any) -> np.ndarray:
-    return np.log2(np.asarray(values, float) + (1.0 if name == "feedback" else 0.0))
+    means, deviations = ({n: float(f(c)) for n, c in columns.items()} for f in (np.mean, np.std))
+    return Scale(means, deviations, t.offset)
 
 
 def design(form: Form, at: Scale, domains: Sequence[str], of: dict[str, Any], domain: Sequence[str]) -> np.ndarray:
     """[R, P]: one column per domain, then sizes, horizon, steps, interaction. of: name -> [R] values in their own units."""
-    x = {name: logs(name, values) - at.centre[name] for name, values in of.items()}
+    x = {name: at.logs(name, values) for name, values in of.items()}
     columns = [np.array([d == known for d in domain], float) for known in domains]
     columns += [x[name] for name in form.sizes]
     columns += [] if form.measure == "none" else [x[form.measure]]
@@ -178,6 +200,7 @@ def rows(t: Table, form: Form, at: Scale) -> np.ndarray:
     """The design matrix of a table, [C * G, P], cell by cell."""
     g = len(t.groups)
     of = {name: np.repeat(getattr(t, name), g) for name in ("active", "total", "tokens", "feedback")}
+    of["reach"] = t.reach.ravel()
     of["steps"] = np.tile([s for _, s in t.groups], len(t.cells))
     return design(form, at, t.domains, of, [d for d, _ in t.groups] * len(t.cells))
 
@@ -265,9 +288,11 @@ def _collinear(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def choose(t: Table, ridge: float = RIDGE) -> tuple[list[Score], list[str]]:
-    """(scores, best first, of all forms and of two for comparison, without horizon and without size; notes)."""
+    """(scores, best first, of all forms and of those for comparison: the horizon up to a task's length, no horizon, no size; notes)."""
     candidates, notes = forms(t)
     if len(t.cells) < 2:
         return [Score(candidates[0], float("nan"), ())], [*notes, "one cell: no form could be tried on cells it did not see"]
     candidates += [Form(candidates[0].sizes, "none"), Form((), "tokens")]
+    if not np.array_equal(t.reach, np.broadcast_to(t.tokens[:, None], t.reach.shape)):
+        candidates += [Form(candidates[0].sizes, "reach", i) for i in (False, True)]
     return sorted((score(t, form, ridge) for form in candidates), key=lambda s: -s.held_out), notes

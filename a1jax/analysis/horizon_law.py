@@ -15,6 +15,8 @@ from .horizon_bootstrap import DRAWS, Draws
 from .horizon_fit import RIDGE, Form, Scale, Score, Table
 from .sweep import Cell
 
+MEASURES = ("tokens", "feedback")  # what a law may count the horizon in; other forms are there to compare with
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -53,7 +55,7 @@ def analyse(
     if others:
         notes.append(f"cells that differ in {', '.join(others)} are taken together: select them first to tell them apart")
     if form is None:
-        fitting = [s.form for s in scores if s.form.sizes and s.form.measure != "none" and measure in ("best", s.form.measure)]
+        fitting = [s.form for s in scores if s.form.sizes and s.form.measure in MEASURES and measure in ("best", s.form.measure)]
         if not fitting:
             raise ConfigError(f"measure {measure!r}: {notes[-1] if notes else 'these cells do not have it'}")
         form = fitting[0]
@@ -71,8 +73,8 @@ def horizons(law: Law) -> np.ndarray:
 
 def inside(law: Law, active: Any, horizon: Any) -> np.ndarray:
     """Whether points lie in the convex hull of the cells, on logarithmic axes."""
-    points = np.unique(np.stack([np.log2(law.table.active), horizon_fit.logs(law.form.measure, horizons(law))], 1), axis=0)
-    asked = np.stack(np.broadcast_arrays(np.log2(active), horizon_fit.logs(law.form.measure, horizon)), -1).reshape(-1, 2)
+    points = np.unique(np.stack([np.log2(law.table.active), law.scale.logs(law.form.measure, horizons(law))], 1), axis=0)
+    asked = np.stack(np.broadcast_arrays(np.log2(active), law.scale.logs(law.form.measure, horizon)), -1).reshape(-1, 2)
     within = ((asked >= points.min(0) - 1e-9) & (asked <= points.max(0) + 1e-9)).all(1)
     varied = np.ptp(points, axis=0) > 1e-9
     if varied.all() and np.linalg.matrix_rank(points - points.mean(0), tol=1e-6) == 2:
@@ -124,7 +126,7 @@ def predict(law: Law, active: Any, horizon: Any, steps: float | None = None, dom
     n, h = (np.broadcast_to(np.asarray(v, float), shape).ravel() for v in (active, horizon))
     total = total_of(law, n) if total is None else np.broadcast_to(np.asarray(total, float), shape).ravel()
     base, slope, share = lines(law, n, total, steps, domain)
-    x = horizon_fit.logs(law.form.measure, h) - law.scale.centre.get(law.form.measure, 0.0)
+    x = law.scale.logs(law.form.measure, h)
 
     def success(betas: np.ndarray) -> np.ndarray:
         return special.expit(base(betas) + (slope(betas) * x)[:, :, None]) @ share
@@ -169,11 +171,9 @@ def lines(law: Law, active: np.ndarray, total: np.ndarray, steps: float | None, 
     share = np.array(list(mix.values())) / sum(mix.values())
     m, g = len(active), len(mix)
     of = {"active": np.repeat(active, g), "total": np.repeat(total, g), "steps": np.tile([s for _, s in mix], m)}
-    middle = law.scale.centre.get(law.form.measure, 0.0)
-    centre = 2.0**middle - (1.0 if law.form.measure == "feedback" else 0.0)
-    of |= {name: np.full(m * g, centre) for name in ("tokens", "feedback")}
+    of |= {name: np.full(m * g, 2.0 ** law.scale.centre[name] - (law.scale.offset if name == "feedback" else 0.0)) for name in MEASURES}
     x = horizon_fit.design(law.form, law.scale, t.domains, of, [d for d, _ in mix] * m)
-    first = np.log2(active if law.form.sizes[:1] != ("total",) else total) - law.scale.centre[(law.form.sizes or ("active",))[0]]
+    first = law.scale.logs("total", total) if law.form.sizes[:1] == ("total",) else law.scale.logs("active", active)
 
     def slope(betas: np.ndarray) -> np.ndarray:
         along = np.zeros(len(betas)) if law.form.measure == "none" else betas[:, law.slope(law.form.measure)]

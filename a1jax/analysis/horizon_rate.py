@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special
 
 from ..config import ConfigError
-from . import horizon_bootstrap, horizon_fit
+from . import horizon_bootstrap
 from .horizon_law import Law, asked, horizons, inside, lines, total_of, warning
 
 FAR = 20.0  # doublings beyond the grid at which the search for a horizon gives up
@@ -41,9 +41,9 @@ def exchange(law: Law, active: float, horizon: float) -> Rate:
     Raises ConfigError where the law has no horizon or no size."""
     if law.form.measure == "none" or not law.form.sizes:
         raise ConfigError(f"no exchange rate in a law of {law.form}")
-    h = float(horizon_fit.logs(law.form.measure, horizon)) - law.scale.centre[law.form.measure]
+    h = float(law.scale.logs(law.form.measure, horizon))
     first = active if law.form.sizes[0] == "active" else float(total_of(law, active))
-    n = math.log2(first) - law.scale.centre[law.form.sizes[0]]
+    n = float(law.scale.logs(law.form.sizes[0], first))
 
     def slopes(betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         bend = betas[:, law.slope("interaction")] if law.form.interaction else 0.0
@@ -58,19 +58,24 @@ def exchange(law: Law, active: float, horizon: float) -> Rate:
     for name, (s, a) in drawn.items():
         powers[name] = np.where(s > 0, a / np.where(s > 0, s, 1.0), np.inf)  # without help from size no factor is enough
         unknown[name] = (s <= 0) & (a <= 0)
-    low, high = (float(np.exp2(v)) for v in horizon_bootstrap.interval(powers, unknown=unknown))
-    value = float(np.exp2(along / size)) if bounded else math.inf if along > 0 else math.nan
+    with np.errstate(over="ignore"):  # a slope near 0 in some draw: infinite is what is meant
+        low, high = (float(np.exp2(v)) for v in horizon_bootstrap.interval(powers, unknown=unknown))
+        value = float(np.exp2(along / size)) if bounded else math.inf if along > 0 else math.nan
     outside = warning(law, active, horizon)
     found = Rate(active, horizon, value, low, high if bounded else math.inf, bounded, not outside, of_size, of_horizon, "", outside)
     return dataclasses.replace(found, sentence=_sentence(law, found))
 
 
+def _times(factor: float) -> str:
+    return f"{factor:.3g}" if factor < 1000 else "more than 1000"
+
+
 def _sentence(law: Law, r: Rate) -> str:
-    what = "effective feedback (1 + F)" if law.form.measure == "feedback" else "the horizon"
+    what = "effective feedback" if law.form.measure == "feedback" else "the horizon"
     unit = "of effective feedback" if law.form.measure == "feedback" else "tokens"
     place = f"At {r.active:.3g} active parameters and {r.horizon:.3g} {unit}"
     if r.bounded:
-        text = f"{place} one doubling of {what} is worth {r.value:.3g} times the parameters (95 %: {r.low:.3g} to {r.high:.3g})"
+        text = f"{place} one doubling of {what} is worth {r.value:.3g} times the parameters (95 %: {r.low:.3g} to {_times(r.high)})"
     else:
         slope = "{:.2g} logits per doubling, 95 %: {:.2g} to {:.2g}".format(*r.of_size)
         text = f"{place} the effect of size cannot be told from none ({slope}): "
@@ -102,27 +107,24 @@ def iso(law: Law, target: float, active: Any = None, steps: float | None = None,
         raise ConfigError(f"target success {target}: it must lie between 0 and 1, both excluded")
     n = np.geomspace(law.table.active.min(), law.table.active.max(), 25) if active is None else np.atleast_1d(np.asarray(active, float))
     base, slope, share = lines(law, n, total_of(law, n), steps, domain)
-    known = horizon_fit.logs(law.form.measure, horizons(law))
-    centre = law.scale.centre.get(law.form.measure, 0.0)
+    known = law.scale.logs(law.form.measure, horizons(law))
 
     def solve(betas: np.ndarray) -> np.ndarray:
-        """[K, M] log2 of the horizon; -inf where less than the least that was looked at is enough."""
+        """[K, M] log2 of the horizon, centred; -inf where less than the least that was looked at is enough."""
         at, along = base(betas), slope(betas)
         low = np.full(along.shape, known.min() - FAR)
         high = np.full(along.shape, known.max() + FAR)
-        ends = [special.expit(at + (along * (x - centre))[:, :, None]) @ share for x in (low, high)]
+        ends = [special.expit(at + (along * x)[:, :, None]) @ share for x in (low, high)]
         for _ in range(50):
             middle = (low + high) / 2
-            more = special.expit(at + (along * (middle - centre))[:, :, None]) @ share < target
+            more = special.expit(at + (along * middle)[:, :, None]) @ share < target
             low, high = np.where(more, middle, low), np.where(more, high, middle)
         found = np.where(ends[1] < target, np.inf, np.where(ends[0] >= target, -np.inf, high))
         return np.where(along > 0, found, np.inf)
 
-    less = 1.0 if law.form.measure == "feedback" else 0.0
     drawn = {name: solve(b) for name, b in law.draws.over.items()}
     ends = [horizon_bootstrap.interval({name: d[:, m] for name, d in drawn.items()}) for m in range(len(n))]
-    point = np.exp2(solve(law.beta[None])[0]) - less
-    low, high = (np.maximum(0.0, np.exp2([e[i] for e in ends]) - less) for i in (0, 1))
+    point, low, high = (law.scale.values(law.form.measure, x) for x in (solve(law.beta[None])[0], *zip(*ends, strict=True)))
     reached = np.isfinite(point) & (point > 0)
     outside = ~(reached & inside(law, n, np.where(reached, point, 1.0))) | (not asked(law, steps))
     text = f"extrapolated: {outside.sum()} of {len(n)} points lie outside the grid" if outside.any() else ""

@@ -19,7 +19,7 @@ from ..stages.evaluate import wilson
 
 SWEEP, CELL = "a1jax.sweep/1", "a1jax.cell/1"
 OF_TASKS = ("domain", "steps")  # what success may be told by beside a cell's axes: fields of its tasks
-_NEEDED = {"name": str, "axes": dict[str, Any], "parameters": dict[str, int], "train": dict[str, Any], "tasks": list[dict[str, Any]]}
+_NEEDED = {"name": str, "axes": dict[str, Any], "parameters": dict[str, int], "train": dict[str, Any], "tasks": list}
 _OPTIONAL = {"curves": dict[str, list], "seconds": dict[str, float], "machine": str, "commit": str}
 _TASK = {"domain": str, "steps": int, "task_id": str, "success": int}
 
@@ -102,7 +102,7 @@ def from_json(written: dict[str, Any], place: Any) -> Cell:
             raise ConfigError(f"{place}: parameters.{key} is {fields['parameters'].get(key)}; a model has at least 1")
     for number, task in enumerate(fields["tasks"]):
         for key, kind in _TASK.items():
-            if type(task.get(key)) is not kind:
+            if not isinstance(task, dict) or type(task.get(key)) is not kind:
                 _field(task, key, kind, f"{place}: tasks.{number}")
         if task["success"] not in (0, 1):
             raise ConfigError(f"{place}: tasks.{number}.success is {task['success']}; it is 0 or 1")
@@ -122,6 +122,8 @@ def _read(path: pathlib.Path, wanted: str | None) -> dict[str, Any]:
 
 
 def _field(written: dict[str, Any], key: str, kind: Any, place: Any) -> Any:
+    if not isinstance(written, dict):
+        raise ConfigError(f"{place}: got {written!r}, expected an object")
     if key not in written:
         raise ConfigError(f"{place}: no {key!r} in it")
     return fit(written[key], kind, f"{place}: {key}")

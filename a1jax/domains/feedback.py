@@ -98,6 +98,22 @@ def of_run(task: Task, run: Trajectory) -> Feedback:
     return effective(run.records, asked(run), final_answer(run), demand=demand(task))
 
 
+def of_piece(run: Trajectory, observations: Sequence[int], question: bool, demand: int | None = None) -> Feedback:
+    """The feedback in a piece of a run: some observations in a row, each with the model's turn after it.
+
+    observations: their numbers in the run, from 0; the turn after the last of them may use it and is all that is seen of that call.
+    question: whether the piece shows the question. demand: None takes what the whole run has, right for an expert's."""
+    did = actions(run)
+    if demand is None:
+        demand = effective(did, asked(run), final_answer(run)).effective
+    if not len(observations):
+        return Feedback(0, 0, 0, 0, 0, demand)
+    first, last = min(observations), max(observations)
+    seen = [*did[first : last + 1], *(dataclasses.replace(r, observation=None) for r in did[last + 1 : last + 2])]
+    answer = final_answer(run) if last + 1 == len(did) else None
+    return effective(seen, asked(run) if question else "", answer, first, demand)
+
+
 def asked(run: Trajectory) -> str:
     """The text before the model's first turn: system message and question."""
     texts = []

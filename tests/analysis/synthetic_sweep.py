@@ -71,6 +71,12 @@ class Grid:
         return {"size": list(self.sizes), "horizon": list(self.horizons), "seed": list(self.seeds), "budget": list(self.budgets)}
 
 
+SMALL = Grid(
+    sizes={"s": (30_000, 16_384), "m": (100_000, 32_768), "l": (220_000, 65_536)},
+    horizons=(32, 64, 128), domains=("search",), steps=(2, 4), of_each=12,
+)  # fmt: skip
+
+
 def cells(law: Law, grid: Grid, seed: int = 0) -> list[dict[str, Any]]:
     """Decoded cell.json of every cell of the grid; the same seed gives the same cells."""
     rng = np.random.default_rng(seed)

@@ -99,7 +99,7 @@ def test_the_form_that_made_the_data_predicts_held_out_seeds_best(law, form):
     t = horizon_fit.table(synthetic_sweep.read(law, Grid(sizes=APART, of_each=20), 1).cells)
     scores, notes = horizon_fit.choose(t)
     best = {s.form: s.held_out for s in scores}
-    assert notes == [] and len(scores) == 3 * 2 * 2 + 2
+    assert notes == [] and len(scores) == 3 * 2 * 2 + 2 + 2
     # a size more, or a bend more, costs next to nothing on held-out runs; what is wrong costs much
     assert best[form] > scores[0].held_out - 0.001
     for wrong in (Form(("total",), form.measure, form.interaction), Form((), "tokens"), Form(("active",), "none")):
@@ -134,6 +134,18 @@ def test_total_parameters_are_dropped_where_they_follow_the_active_ones_and_feed
     assert "grow together" in notes[0] and "1 of 16 cells do not say" in notes[1]
 
 
+def test_cells_without_any_feedback_have_a_logarithm_and_it_can_be_undone():
+    cells = synthetic_sweep.read(Law(), Grid(horizons=(32, 64), seeds=(0,))).cells
+    cells = [dataclasses.replace(c, train={**c.train, "feedback": f}) for c, f in zip(cells, [0, 0.4, 0.2, 1, 3, 1, 0, 2], strict=True)]
+    t = horizon_fit.table(cells)
+    at = horizon_fit.scale(t)
+    assert t.offset == pytest.approx(0.1) == at.offset and at.centre["feedback"] == pytest.approx(np.log2(t.feedback + 0.1).mean())
+    assert at.values("feedback", at.logs("feedback", t.feedback)) == pytest.approx(t.feedback)
+    assert at.values("tokens", at.logs("tokens", [32, 64])) == pytest.approx([32, 64]) and at.logs("tokens", 64) == pytest.approx(0.5)
+    assert horizon_fit.table(cells[1:4]).offset == 0.0
+    assert np.isfinite(horizon_fit.score(t, Form(("active",), "feedback", True)).held_out)
+
+
 # --- the bootstrap
 
 
@@ -153,6 +165,11 @@ def test_few_seeds_are_stretched_as_students_t():
     pairs = np.repeat(np.arange(9), 2)  # 9 degrees of freedom: 2.2622 / 1.9600
     assert horizon_bootstrap.stretch(pairs) == pytest.approx(1.1542, abs=1e-4)
     assert horizon_bootstrap.stretch(np.repeat(0, 2000)) == pytest.approx(1, abs=1e-3)
+
+
+def test_what_cells_are_told_by_costs_degrees_of_freedom():
+    """16 cells, 3 coefficients: t of 13 degrees of freedom, 2.1604, over 1.9600, times the root of 15 / 13."""
+    assert horizon_bootstrap.stretch(np.zeros(16), 3) == pytest.approx(2.1604 / 1.9600 * math.sqrt(15 / 13), abs=1e-3)
 
 
 def test_weighted_counts_by_hand():

@@ -53,6 +53,7 @@ def broken(folder, **fields):
         (lambda f: broken(f, format="a1jax.cell/2"), "format 'a1jax.cell/2', expected 'a1jax.cell/1'"),
         (lambda f: broken(f, name="m-32-0-tokens"), "it calls itself 'm-32-0-tokens'"),
         (lambda f: broken(f, tasks=None), "tasks: got None"),
+        (lambda f: broken(f, tasks=[3]), "tasks.0: got 3, expected an object"),
         (lambda f: broken(f, parameters={"total": 3}), "parameters.active is None"),
         (lambda f: broken(f, tasks=[{"domain": "search", "steps": 1, "task_id": "a", "success": 2}]), "tasks.0.success is 2; it is 0 or 1"),
         (lambda f: broken(f, tasks=[{"domain": "search", "steps": 1, "success": 1}]), "tasks.0: no 'task_id' in it"),

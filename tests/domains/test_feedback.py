@@ -110,5 +110,34 @@ def test_tool_calls_demand_the_lookups_that_later_calls_use(seed):
     assert sum(half.effective for half in halves) <= feedback.demand(task)
 
 
+def test_pieces_of_a_run_by_the_numbers_of_their_observations():
+    """In search each observation is used by the turn right after it, so pieces of whole steps lose nothing."""
+    task = DOMAINS["search"].propose(1, 3)
+    run = solve(task)
+    assert feedback.of_piece(run, range(4), True) == feedback.of_run(task, run) and feedback.of_piece(run, range(4), True).effective == 4
+    assert [feedback.of_piece(run, [i], True).effective for i in range(4)] == [1, 1, 1, 1]
+    assert feedback.of_piece(run, (1, 2), False).share == 0.5
+    assert feedback.of_piece(run, (), True).share == 0.0
+    store = solve(Store(reuse=0.0).propose(1, 3))  # get, put, get, put, ...: only the put right after a get uses it
+    assert [feedback.of_piece(store, [i], True).effective for i in range(6)] == [1, 0, 1, 0, 1, 0]
+
+
+def test_a_piece_that_ends_before_the_use_has_no_effect():
+    task = next(t for t in (DOMAINS["tool_calling"].propose(seed, 6) for seed in range(50)) if _late(solve(t)))
+    run = solve(task)
+    each = sum(feedback.of_piece(run, [i], True).effective for i in range(len(run.records) - 1))
+    assert each < feedback.demand(task)
+
+
+def _late(run):
+    """Whether some lookup is first used later than in the next call."""
+    did = [r for r in run.records if r.action]
+    texts = [set(r.action["arguments"].values()) for r in did]
+    found = [r.observation.removeprefix(r.action["arguments"].get("person", "")) if r.observation != "ok" else None for r in did]
+    return any(
+        f and f not in after and any(f in t for t in texts[i + 2 :]) for i, (f, after) in enumerate(zip(found, texts[1:], strict=False))
+    )
+
+
 def test_a_refusal_is_told_as_the_evaluation_tells_it():
     assert feedback.REFUSED == evaluate.REFUSED and WRONG.outcome == feedback.REFUSED
