@@ -20,13 +20,14 @@ Arm = Literal["consults", "solvable"]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
     """A part of one run. places: int32 [T], where in the run each token stood. turns: model turns that end in it. question: it has the
-    run's question in front. observations: in it, whole or in part; demanded: those of the whole run."""
+    run's question in front. observations: numbers (from 0, in the run) of those that it has, whole or in part; demanded: how many the
+    whole run has."""
 
     example: Example
     places: np.ndarray
     turns: int
     question: bool
-    observations: int
+    observations: tuple[int, ...]
     demanded: int
 
     def __len__(self) -> int:
@@ -96,16 +97,15 @@ def _piece(run: Example, places: np.ndarray, turns: int, question: bool, context
     mask = np.where(places == context, np.float32(0), run.mask[places])
     routes = None if run.routes is None else run.routes[places]
     example = Example(run.tokens[places], mask, run.domain, routes)
-    seen, demanded = (len(_observed(run, where)) for where in (places, np.arange(len(run))))
-    return Piece(example, places.astype(np.int32), turns, question, seen, demanded)
+    return Piece(example, places.astype(np.int32), turns, question, _observed(run, places), len(_observed(run, np.arange(len(run)))))
 
 
-def _observed(run: Example, places: np.ndarray) -> set[int]:
+def _observed(run: Example, places: np.ndarray) -> tuple[int, ...]:
     """Numbers of the observations that some of these places belong to: what stands between two turns of the model."""
     written = run.mask > 0
     number = np.cumsum(np.diff(written.astype(np.int8), prepend=0) < 0)  # turns that have ended before, or here
     between = ~written & (number > 0) & (number < number[-1] + written[-1])
-    return set(number[places][between[places]].tolist())
+    return tuple((np.unique(number[places][between[places]]) - 1).tolist())
 
 
 def square_length(lengths: list[int]) -> float:

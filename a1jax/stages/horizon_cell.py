@@ -54,7 +54,7 @@ class HorizonCell:
     reference: ModelConfig | None = None  # whose FLOPs for ``tokens`` are the budget "flops"
     reference_horizon: int = 0  # and at which horizon
     seed: int = 0  # of parameters, runs and their order
-    slots: int = 2048  # tokens per training step: rows x row length
+    slots: int = 1024  # tokens per training step: rows x row length
     row_lengths: tuple[int, ...] = (256, 512, 1024)  # rows are as long as the first of these that holds a piece
     split: Literal["heldout", "admission"] = "heldout"  # admission: other tasks, to choose settings by
 
@@ -232,7 +232,7 @@ def about_pieces(cut: Sequence[tuple[int, Piece]]) -> dict[str, float]:
 
 def feedback(piece: Piece) -> float:
     """Observations in a piece over those of its whole run."""
-    return piece.observations / max(1, piece.demanded)
+    return len(piece.observations) / max(1, piece.demanded)
 
 
 def curves(workdir: pathlib.Path) -> dict[str, list[list[float]]]:

@@ -49,7 +49,7 @@ def test_every_written_token_is_predicted_once_and_no_piece_is_longer(seed):
         wanted = np.flatnonzero(run.mask).tolist()
         assert sorted(place for p in got for place in targets(p)) == wanted, horizon
         for p in got:
-            assert (np.diff(p.places) > 0).all() and (p.example.tokens == run.tokens[p.places]).all()
+            assert (np.diff(p.places) > 0).all() and (p.example.tokens == run.tokens[p.places]).all() and p.example.mask[0] == 0
         assert sum(p.turns for p in got) == len(pieces.turn_ends(run.mask))
 
 
@@ -82,7 +82,7 @@ def test_the_length_that_costs_what_pieces_cost():
 
 def test_observations_are_counted():
     run = run_of(4, (0, 3), (2, 3), (2, 3), (2, 3))
-    assert [(p.observations, p.demanded) for p in pieces.cut(run, 12)] == [(1, 3), (1, 3), (1, 3)]
-    assert [(p.observations, p.demanded) for p in pieces.cut(run, 22)] == [(3, 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(run, 12)] == [((0,), 3), ((1,), 3), ((2,), 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(run, 22)] == [((0, 1, 2), 3)]
     ended = Example(np.append(run.tokens, 22).astype(np.int32), np.append(run.mask, 0).astype(np.float32))  # a line's end is none
-    assert [(p.observations, p.demanded) for p in pieces.cut(ended, 30)] == [(3, 3)]
+    assert [(p.observations, p.demanded) for p in pieces.cut(ended, 30)] == [((0, 1, 2), 3)]
