@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from .figures import Figure, Groups, Line, Panel, Rate
+from . import training_plots
+from .figures import Figure, Groups, Panel, Rate
 from .horizon_plots import INTERVALS, SEED, SHARES, STEPS, SUCCESS, counted, curve, points, split, told
 from .sweep import Sweep
+from .training_plots import MOST_LINES, placed
 
 ALL = "all domains"
-MOST_LINES = 14  # settings from which on lines over task length cannot be told apart: they get a panel per value of the first axis
 
 
 def settings(sweep: Sweep) -> tuple[str, ...]:
@@ -18,10 +20,9 @@ def settings(sweep: Sweep) -> tuple[str, ...]:
     return tuple(axis for axis in axes if len(sweep.axes[axis]) > 1) or axes
 
 
-def bars(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> list[Figure]:
-    """Of rows per setting and "domain" (ALL among them): a panel per domain, the first axis from left to right, the second side by side; of
-    more axes a figure per combination of the others."""
-    first, second, rest = axes[0], axes[1:2], axes[2:]
+def bars(rows: list[dict[str, Any]], first: str, second: tuple[str, ...] = (), rest: tuple[str, ...] = ()) -> list[Figure]:
+    """Of rows per setting and "domain" (ALL among them): a panel per domain, the first axis from left to right, the second side by side, a
+    figure per combination of the others."""
     out = []
     for values, of_figure in split(rows, *rest).items():
         panels = []
@@ -40,43 +41,37 @@ def bars(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> list[Figure]:
     return out
 
 
-def by_length(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> Figure:
-    """A line per setting over the length of tasks, pooled over domains; of many settings a panel per value of the first axis."""
-    several = len(split(rows, *axes)) > MOST_LINES
-    outer, inner = (axes[:1], axes[1:]) if several and len(axes) > 1 else ((), axes)
-    places = {values: i for i, values in enumerate(split(rows, *inner))}
-    panels = []
-    for values, of_panel in split(rows, *outer).items():
-        lines = tuple(curve(told(inner, at), found, "steps", places[at]) for at, found in split(of_panel, *inner).items())
+def nested(sweep: Sweep, axes: tuple[str, ...]) -> bool:
+    """Whether less than half of the axes' combinations are planned."""
+    planned = (len(sweep.cells) + len(sweep.failed) + len(sweep.missing)) / max(1, len(sweep.axes.get(SEED, ())))
+    return len(axes) > 1 and 2 * planned < math.prod(len(sweep.axes[axis]) for axis in axes)
+
+
+def panels(rows: list[dict[str, Any]], axes: tuple[str, ...], apart: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the axes that panels are made for, those that lines are): of many settings, or nested ones, a panel per value of the first."""
+    several = len(axes) > 1 and (apart or len(split(rows, *axes)) > MOST_LINES)
+    return (axes[:1], axes[1:]) if several else ((), axes)
+
+
+def by_length(rows: list[dict[str, Any]], outer: tuple[str, ...], inner: tuple[str, ...]) -> Figure:
+    """Over the length of tasks, pooled over domains: a panel per combination of the outer axes, a line per combination of the inner."""
+    shown = []
+    for values, of_panel, places in placed(rows, outer, inner):
+        lines = tuple(curve(told(inner, at), mine, "steps", places[at]) for at, mine in split(of_panel, *inner).items())
         title = f"{told(outer, values) or ALL} ({counted(of_panel)})"
-        panels.append(Panel(title, STEPS, SUCCESS, lines, limits=SHARES, whole=True, log_x=True))
-    return Figure("success_by_length", "Success by task length", f"Pooled over seeds and domains. {INTERVALS}", tuple(panels))
-
-
-def trained(sweep: Sweep) -> list[Figure]:
-    """The metrics that cells keep over training, a panel each, a line per cell but for seeds, which are averaged at each step."""
-    axes = settings(sweep)
-    metrics = list(dict.fromkeys(name for cell in sweep.cells for name in cell.curves))
-    panels = []
-    for name in metrics:
-        lines = []
-        for values, rows in split([{**c.axes, "curve": c.curves[name]} for c in sweep.cells if name in c.curves], *axes).items():
-            at: dict[float, list[float]] = {}
-            for step, value in (pair for row in rows for pair in row["curve"]):
-                at.setdefault(step, []).append(value)
-            steps = tuple(sorted(at))
-            lines.append(Line(told(axes, values), steps, tuple(sum(at[s]) / len(at[s]) for s in steps), n=tuple(len(at[s]) for s in steps)))
-        if 0 < len(lines) <= MOST_LINES:
-            panels.append(Panel(name, "training step", name, tuple(lines)))
-    caption = "Means over seeds; n in the table is the number of seeds."
-    return [Figure("training", "Over training", caption, tuple(panels))] if panels else []
+        shown.append(Panel(title, STEPS, SUCCESS, lines, limits=SHARES, whole=True, log_x=True))
+    return Figure("success_by_length", "Success by task length", f"Pooled over seeds and domains. {INTERVALS}", tuple(shown))
 
 
 def figures(sweep: Sweep) -> list[Figure]:
-    """All of them, in the order of the page."""
+    """All of them, in the order of the page. Where the first axis names ablations and the second has the values of each, every value of
+    the first has a figure of its own."""
     axes = settings(sweep)
     if not axes:
         return []
     whole, each = [{**row, "domain": ALL} for row in points(sweep)], points(sweep, "domain")
     rows = [*whole, *each] if len({row["domain"] for row in each}) > 1 else each
-    return [*bars(rows, axes), by_length(points(sweep, "steps"), axes), *trained(sweep)]
+    apart = nested(sweep, axes)
+    drawn = bars(rows, *((axes[1], axes[2:3], (axes[0], *axes[3:])) if apart else (axes[0], axes[1:2], axes[2:])))
+    outer, inner = panels(whole, axes, apart)
+    return [*drawn, by_length(points(sweep, "steps"), outer, inner), *training_plots.figures(sweep, outer, inner)]

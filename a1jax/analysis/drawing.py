@@ -101,10 +101,12 @@ def _lines(axis: Any, panel: Panel) -> None:
         axis.set_xscale("log", base=2 if panel.whole else 10)
         if not panel.whole:
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}".replace("e+", "e")))
             axis.minorticks_off()
     if not panel.log_x and all(float(x).is_integer() for line in panel.lines for x in line.x):
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        if len(alone := {x for line in panel.lines for x in line.x}) == 1 and not panel.whole:
+            axis.set_xlim(min(alone) - 1, max(alone) + 1)
     if panel.limits:
         axis.set_ylim(*panel.limits)
         if panel.log and positive and panel.limits[1] < 100 * panel.limits[0]:  # powers of ten alone would be hardly any tick
@@ -198,7 +200,7 @@ def _heat(axis: Any, panel: Heat) -> None:
                     light = (value - low) / max(1e-9, high - low) > 0.5
                     text = f"{100 * value:.0f} %\nn = {panel.n[j][i]}"
                     colour, edge = ("black", "white") if light else ("white", "black")
-                    halo = [effects.withStroke(linewidth=1.2, foreground=edge, alpha=0.6)] if panel.isolines else []
+                    halo = [effects.withStroke(linewidth=2.2, foreground=edge, alpha=0.75)] if panel.isolines else []
                     look = {"color": colour, "path_effects": halo, "fontsize": 7, "ha": "center", "va": "center", "zorder": 3.5}
                     axis.text(panel.x[i], panel.y[j], text, **look)
     for line in panel.isolines:
@@ -210,9 +212,9 @@ def _heat(axis: Any, panel: Heat) -> None:
 
 def _isoline(axis: Any, line: Line) -> None:
     """Dark with a light edge, to be seen on every colour; its label on it."""
-    edge = [effects.Stroke(linewidth=3, foreground="white"), effects.Normal()]
+    edge = [effects.Stroke(linewidth=2.4, foreground="white", alpha=0.8), effects.Normal()]
     axis.plot(
-        line.x, line.y, color="#8a0000", linewidth=1.4, linestyle="--" if line.dashed else "-", path_effects=edge, label="_" + line.label
+        line.x, line.y, color="#8a0000", linewidth=1.1, linestyle="--" if line.dashed else "-", path_effects=edge, label="_" + line.label
     )
     if line.named and line.x:
         at = len(line.x) // 2

@@ -30,8 +30,8 @@ def has_horizons(axes: dict[str, Sequence[Any]]) -> bool:
 
 
 def facets(axes: dict[str, Sequence[Any]]) -> tuple[str, ...]:
-    """The axes a panel is made for each combination of: all but size, horizon and seed."""
-    return tuple(axis for axis in axes if axis not in (SIZE, HORIZON, SEED))
+    """The axes a panel is made for each combination of: all that vary but size, horizon and seed."""
+    return tuple(axis for axis in axes if axis not in (SIZE, HORIZON, SEED) and len(axes[axis]) > 1)
 
 
 def points(sweep: Sweep, *more: str) -> list[Row]:

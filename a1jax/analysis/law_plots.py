@@ -12,6 +12,7 @@ from ..config import ConfigError
 from . import horizon
 from .figures import Figure, Line, Panel
 from .horizon import Law
+from .horizon_bootstrap import Draws
 from .horizon_plots import HORIZON, SIZE, H, Row, facets, points, sized, split, told
 from .sweep import Sweep, where
 
@@ -49,6 +50,7 @@ def fit(sweep: Sweep) -> Fitted:
 
 def isolines(law: Law, targets: Sequence[float] = TARGETS) -> tuple[Line, ...]:
     """Lines of equal success, x: horizon, y: active parameters, from half the grid's ends to twice; dashed where extrapolated."""
+    law = dataclasses.replace(law, draws=Draws({}, {}, ()))  # the lines have no intervals, which would take most of the time
     t = law.table
     active = np.geomspace(t.active.min() / BEYOND, t.active.max() * BEYOND, FINE)
     lines = []
@@ -88,7 +90,7 @@ def curves(law: Law, rows: Sequence[Row]) -> dict[str, Line]:
 
 def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
     """How many times the parameters a doubling of the horizon is worth at each size and horizon of the grid, with its 95 % interval."""
-    panels = []
+    panels, none = [], []
     for values, law in fitted.laws.items():
         mine = [row for row in rows if fitted.of(row) == values]
         sizes = {sized(row): row["active"] for row in sorted(mine, key=lambda row: row["active"])}
@@ -104,21 +106,26 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
             lines.append(Line(label, tuple(r.horizon for r in rates), tuple(r.value for r in rates), *ends, place=place))
         lines = [line for line in lines if line.x]
         if not lines:
+            none.append(told(fitted.over, values) or "all tasks")
             continue
         note = f"{lost} points not shown: there the effect of size cannot be told from none" if lost else ""
         title = f"{told(fitted.over, values) or 'all tasks'} ({len(law.table.cells)} cells)"
         unit = "worth of a doubling of H (times the parameters, log scale)"
         level = 1.0, "worth nothing"
-        panels.append(Panel(title, H, unit, tuple(lines), True, _limits(lines), whole=True, log_x=True, level=level, note=note))
+        panels.append(Panel(title, H, unit, tuple(lines), True, whole=True, log_x=True, level=level, note=note))
+    limits = _limits([line for panel in panels for line in panel.lines])
+    panels = [dataclasses.replace(panel, limits=limits) for panel in panels]
     caption = (
         "2 to the power of (slope of log2 H / slope of log2 N) of the fitted law; above 1 a longer horizon stands in for parameters. "
         "Thin bars are 95 % bootstrap intervals, the wider of resampled seeds and tasks; one that leaves the panel may have no end."
     )
+    if none:
+        caption += f" Not shown, as the effect of size cannot be told from none: {'; '.join(none)}."
     return Figure("exchange_rate", "Exchange rate of horizon for parameters", caption, tuple(panels))
 
 
 def _limits(lines: Sequence[Line]) -> tuple[float, float]:
-    """Around the values and those ends of intervals that are within 30 times of them."""
-    values = [y for line in lines for y in line.y]
+    """Around the values and those ends of intervals that are within 30 times of them: one for all panels, to compare them."""
+    values = [y for line in lines for y in line.y] or [1.0]
     ends = [e for line in lines for e in (*line.low, *line.high) if min(values) / 30 < e < max(values) * 30]
     return 0.8 * min(1.0, *values, *ends), 1.25 * max(1.0, *values, *ends)

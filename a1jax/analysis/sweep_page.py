@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import provenance
 from ..config import ConfigError
-from . import ablation_plots, figures, horizon, horizon_plots, law_plots, page
+from . import ablation_plots, figures, horizon, horizon_plots, law_plots, page, training_plots
 from . import sweep as sweeps
 from .sweep import Cell, Sweep
 
@@ -61,7 +61,8 @@ def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...]]
     curves = {values: law_plots.curves(law, [row for row in rows if fitted.of(row) == values]) for values, law in fitted.laws.items()}
     first, *rest = horizon_plots.figures(sweep, isolines, curves)
     rate = law_plots.exchange_rate(rows, fitted)
-    drawn = [first, rest[0], *([rate] if rate.panels else []), *rest[1:]]
+    trained = training_plots.figures(sweep, (*fitted.over, horizon_plots.SIZE), (horizon_plots.HORIZON,))
+    drawn = [first, rest[0], *([rate] if rate.panels else []), *rest[1:], *trained]
     return horizon.summary(sweep) if fitted.laws else [], drawn, fitted.refused
 
 

@@ -22,7 +22,7 @@ FLAGS = (
     "--remote-debugging-pipe",
     "--window-size=1320,1000",
 )
-PATIENCE = 300.0  # seconds until a browser that does not end is ended
+PATIENCE = 600.0  # seconds until a browser that does not end is ended
 # The browser expects its two ends at 3 and 4; copies first, as either may be in the other's place.
 PLACES = """import os, sys
 ends = [os.dup2(int(end), 103 + i) for i, end in enumerate(sys.argv[1:3])]

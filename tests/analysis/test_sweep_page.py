@@ -24,7 +24,7 @@ def test_report_knows_a_sweep_and_writes_what_there_is_of_an_unfinished_one(tmp_
     assert "6 of 8 cells finished, 1 failed, 1 not run yet" in found.text and "ValueError: loss is not finite at step 3" in found.text
     assert "size (s, m)" in found.text and "b" not in found.tags and not list(folder.rglob("*.part"))
     named = [a for a in found.addresses if a.endswith(".csv")]
-    assert len(named) == found.tags.count("img") + 2 and all((folder / a).is_file() for a in named)
+    assert len(named) == found.tags.count("img") + 3 and all((folder / a).is_file() for a in named)
     rows = read_csv(folder / "report/cells.csv")
     assert [r["state"] for r in rows] == ["failed", *["finished"] * 6, "not run yet"] and rows[0]["error"].startswith("ValueError")
     cell = json.loads((folder / "cells/m-32-1-tokens/cell.json").read_text())
@@ -43,7 +43,7 @@ def test_a_sweep_over_other_axes_has_bars(tmp_path, read_page):
     for path in (folder / "sweep.json", *folder.glob("cells/*/cell.json")):
         path.write_text(path.read_text().replace('"horizon"', '"k"'))
     found = read_page(sweep_page.write(folder).read_text())
-    assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training.csv"} <= set(found.addresses)
+    assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training_train_loss.csv"} <= set(found.addresses)
     assert "law" not in found.text
 
 
