@@ -66,7 +66,7 @@ def pair(student: str | pathlib.Path | None, teacher: str | pathlib.Path | None,
             symbols = experts.symbols(families, 24) if name == "student" else cross_tokenizer.pieces(families)
             tokenizers.train_sentencepiece(experts.tokenizer_texts(families, 0), file, size, symbols)
         sides.append(tokenizers.load(path or file))
-    written = [turn for family in families for task in experts.tasks(family, {2: 2, 4: 2}, "sft", 0) for turn in _turns(task)]
+    written = [turn for family in families for task in experts.tasks(family, {1: 4, 2: 8, 4: 8}, "sft", 0) for turn in _turns(task)]
     return Pair(*sides, vocab_map.build(*sides, mode), tuple(dict.fromkeys(written)))
 
 
@@ -134,7 +134,7 @@ def turn(pair: Pair, text: str | None = None, teacher: str | pathlib.Path | None
     """A turn in both tokenisations, ended, with a teacher's words on it.
 
     text: what is written; None: the longest of the pair's. teacher: a parameters folder in the teacher's tokens (a stage's folder);
-    None: a teacher of counts, which says what followed the token before in the pair's texts (add 0.01)."""
+    None: a teacher of counts, which says what followed the token before in the pair's texts (add 0.001)."""
     text = max(pair.texts, key=len) if text is None else text
     ours, theirs = [*pair.student.encode(text), pair.student.eos_id], [*pair.teacher.encode(text), pair.teacher.eos_id]
     found = spans.align(ours, theirs, pair.map, text)
@@ -145,7 +145,7 @@ def turn(pair: Pair, text: str | None = None, teacher: str | pathlib.Path | None
     return Turn(text, ours, theirs, found, log_p, name)
 
 
-def counted(pair: Pair, ids: Sequence[int], smoothing: float = 0.01) -> np.ndarray:
+def counted(pair: Pair, ids: Sequence[int], smoothing: float = 0.001) -> np.ndarray:
     """[T, V_T] log-probabilities of each id given the one before, from bigram counts in the pair's texts; the first one's from the turns'
     beginnings. smoothing: added to every count of a valid id."""
     before = [NONE, *ids[:-1]]

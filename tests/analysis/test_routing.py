@@ -64,9 +64,9 @@ def test_views_by_hand():
     effect = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert table.rows[0] == ("a", 1, 1, 3.0, pytest.approx(effect)) and table.rows[1][3:] == (1.0, pytest.approx(4.0))
     (panel,) = routing.heat_map(loads).figure.panels
-    assert panel.values == ((3.0, 1.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)) and panel.limits == (0.0, 3.0) and panel.yticks == ("a", "b")
+    assert panel.values == ((1.0, 1.0, 1.0, 1.0), (3.0, 1.0, 0.0, 0.0)) and panel.limits == (0.0, 3.0) and panel.yticks == ("b", "a")
     (panel,) = routing.distance_map(loads).figure.panels
-    assert panel.values[0][0] == 0 and panel.values[0][1] == panel.values[1][0] == pytest.approx(routing.distances(loads.shares)[0, 0, 1])
+    assert panel.values[0][1] == 0 and panel.values[0][0] == panel.values[1][1] == pytest.approx(routing.distances(loads.shares)[0, 0, 1])
     assert figures.rows(routing.heat_map(loads).figure)
     assert [row[:2] for row in routing.specialisation(loads, loads).rows] == [("made up", 1)] * 2
 
