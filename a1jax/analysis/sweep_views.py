@@ -50,7 +50,8 @@ def exchange(found: Sweep) -> Several:
         except ConfigError as error:
             rows.append((part, str(law.form), None, None, None, str(error)))
             continue
-        rows.append((part, str(law.form), rate.value, rate.low, rate.high, rate.warning or ("" if rate.bounded else "no upper end")))
+        ends = (rate.value, rate.low, rate.high) if rate.bounded else (None, rate.low, None)
+        rows.append((part, str(law.form), *ends, rate.warning or ("" if rate.bounded else "the effect of size cannot be told from none")))
     columns = ("cells", "law in", "times the parameters", "low", "high", "note")
     table = Table("Worth of one doubling of the horizon, in the grid's middle", columns, tuple(rows), "\n".join(fitted.refused))
     figure = law_plots.exchange_rate(horizon_plots.points(found), fitted)

@@ -7,6 +7,7 @@ import pytest
 
 from a1jax.align import byte_table, spans, target, vocab_map
 from a1jax.align.trie import NONE
+from a1jax.analysis import turn_views
 from a1jax.analysis import vocabulary_views as views
 from a1jax.config import ConfigError
 
@@ -72,7 +73,7 @@ def test_examples_by_hand(digits):
 
 def test_a_teacher_of_counts_by_hand(digits):
     """1|23 and 1|2|23 end: after 1 once 23 and once 2, over six valid ids with 0.5 each."""
-    p = np.exp(views.counted(digits, [0, 3, 5], smoothing=0.5))
+    p = np.exp(turn_views.counted(digits, [0, 3, 5], smoothing=0.5))
     np.testing.assert_allclose(p.sum(axis=1), 1)
     np.testing.assert_allclose(p[1], np.array([0.5, 1.5, 0.5, 1.5, 0.5, 0.5]) / 5)
     np.testing.assert_allclose(p[0, 0], 2.5 / 5)
@@ -80,21 +81,21 @@ def test_a_teacher_of_counts_by_hand(digits):
 
 
 def test_a_turn_in_both(digits):
-    turn = views.turn(digits, "1223")
+    turn = turn_views.turn(digits, "1223")
     assert (turn.ours, turn.theirs) == ([2, 1, 4, 5], [0, 1, 3, 5]) and turn.teacher == "a teacher of counts"
-    assert [views.kind(turn.spans, i) for i in range(4)] == ["chained", "synchronised", "straddled", "synchronised"]
-    assert [views.first(turn, k) for k in ("straddled", "chained", "no such kind")] == [2, 0, 0]
-    assert repr(views.side_by_side(digits, turn)).splitlines() == ["12 / 1|2", "2|3 / 23", "<end> / <end>"]
-    rows = views.positions(digits, turn).rows
+    assert [turn_views.kind(turn.spans, i) for i in range(4)] == ["chained", "synchronised", "straddled", "synchronised"]
+    assert [turn_views.first(turn, k) for k in ("straddled", "chained", "no such kind")] == [2, 0, 0]
+    assert repr(turn_views.side_by_side(digits, turn)).splitlines() == ["12 / 1|2", "2|3 / 23", "<end> / <end>"]
+    rows = turn_views.positions(digits, turn).rows
     assert rows[0] == (0, "12", "0-1", "1|2", 0, "chained") and rows[2] == (2, "3", "2", "23", 1, "straddled")
-    assert rows[1][2] == "2" and "25 %" in views.positions(digits, turn).note
+    assert rows[1][2] == "2" and "25 %" in turn_views.positions(digits, turn).note
 
 
 def test_one_target_is_the_target(digits):
-    turn = views.turn(digits, "1223")
+    turn = turn_views.turn(digits, "1223")
     exact = target.target(turn.log_p, turn.ours, turn.theirs, turn.spans, digits.map)
     for position in range(4):
-        table, drawn = views.one_target(digits, turn, position, k=20).parts
+        table, drawn = turn_views.one_target(digits, turn, position, k=20).parts
         (panel,) = drawn.figure.panels
         heights = {label: sum(values[i] for values in panel.parts.values()) for i, label in enumerate(panel.labels)}
         assert sum(heights.values()) == pytest.approx(1)
@@ -106,19 +107,19 @@ def test_one_target_is_the_target(digits):
 
 
 def test_a_masked_position_has_none_and_a_wrong_one_is_refused(digits):
-    turn = views.turn(digits, "1223")
+    turn = turn_views.turn(digits, "1223")
     masked = dataclasses.replace(turn, spans=dataclasses.replace(turn.spans, masked=np.ones(4, bool)))
-    assert "no target" in repr(views.one_target(digits, masked, 1))
-    assert views.positions(digits, masked).rows[1] == (1, "2", None, "", 0, "masked")
+    assert "no target" in repr(turn_views.one_target(digits, masked, 1))
+    assert turn_views.positions(digits, masked).rows[1] == (1, "2", None, "", 0, "masked")
     with pytest.raises(ConfigError, match="the turn has 4"):
-        views.one_target(digits, turn, 4)
+        turn_views.one_target(digits, turn, 4)
 
 
 def test_blocks_of_a_turn_are_all_of_it(digits):
     """Whatever is cut where, joining one side's pieces gives the text."""
     for text in ("1", "123", "12233122", "3123"):
-        turn = views.turn(digits, text)
-        blocks = [line.split(" / ") for line in repr(views.side_by_side(digits, turn)).splitlines()]
+        turn = turn_views.turn(digits, text)
+        blocks = [line.split(" / ") for line in repr(turn_views.side_by_side(digits, turn)).splitlines()]
         for side in (0, 1):
             assert "".join(block[side] for block in blocks).replace("|", "") == text + "<end>"
 
@@ -136,7 +137,7 @@ def test_tokenizers_are_trained_once_and_fit_the_quickstart(tmp_path):
     assert (tmp_path / "student.model").read_bytes() == before and again.map.stats() == made.map.stats()
     same = views.pair(tmp_path / "teacher.model", tmp_path / "teacher.model", tmp_path)
     assert same.map.mode == "identity" and (same.map.unit_of_teacher[:5] != NONE).all()
-    turn = views.turn(made)
-    assert {views.kind(turn.spans, i) for i in range(len(turn.ours))} >= {"synchronised", "straddled", "chained"}
+    turn = turn_views.turn(made)
+    assert {turn_views.kind(turn.spans, i) for i in range(len(turn.ours))} >= {"synchronised", "straddled", "chained"}
     assert spans.align(turn.ours, turn.theirs, made.map, turn.text).report() == turn.spans.report()
     assert byte_table.join(made.student.table, turn.ours).decode() == turn.text
