@@ -47,7 +47,10 @@ setup(
         "test": [
             "beartype",
             "hypothesis",
+            "ipykernel",
             "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # the TPU compiler: kernels are compiled in tests
+            "nbclient",  # notebooks are run by a test
+            "nbformat",
             "pytest",
             "pytest-xdist",
             "ruff",
@@ -55,7 +58,8 @@ setup(
             "torch==2.13.0",  # with transformers the reference of the parity tests; nothing at run time needs either
             "transformers>=5.23,<6",
             "wheel",
-        ]
+        ],
+        "notebook": ["jupyterlab"],
     },
     entry_points={"console_scripts": ["a1jax = a1jax.main:main"]},
 )

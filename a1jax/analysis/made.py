@@ -19,8 +19,8 @@ PACKAGE = str(pathlib.Path(a1jax.__file__).resolve().parents[1])
 
 
 def command(words: Sequence[str], good: Sequence[int] = (0,)) -> str:
-    """What `a1jax WORDS` prints. A process of its own: devices and settings of the one that asks stay untouched, and the package it finds is
-    this one, installed or not. Raises ConfigError with the last line of its errors for an exit code that is not among ``good``."""
+    """What `a1jax WORDS` prints. A process of its own: devices and settings of the one that asks stay untouched, and the package it finds
+    is this one, installed or not. Raises ConfigError with the last line of its errors for an exit code that is not among ``good``."""
     path = os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH"))))
     line = [sys.executable, "-m", "a1jax.main", *words]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
@@ -31,8 +31,10 @@ def command(words: Sequence[str], good: Sequence[int] = (0,)) -> str:
 
 
 def run(given: str | pathlib.Path | None, experiment: str, into: str | pathlib.Path, changes: Sequence[str] = ()) -> pathlib.Path:
-    """The folder of a run: ``given``, or where that is None the one that `a1jax run EXPERIMENT --set CHANGES` leaves in ``into``. It is made
-    or finished first where that is still to do, which takes as long as the run does. Raises ConfigError for a folder that is not there."""
+    """The folder of a run: ``given``, or where that is None the one that `a1jax run EXPERIMENT --set CHANGES` leaves in ``into``.
+
+    It is made or finished first where that is still to do, which takes as long as the run does. Raises ConfigError for a folder that is not
+    there."""
     if given is not None:
         folder = pathlib.Path(given)
         if not folder.is_dir():

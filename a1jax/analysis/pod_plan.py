@@ -16,7 +16,9 @@ from .compile_text import bytes_text
 from .figures import Bars, Figure
 from .shown import Drawn, Markup, Table, text
 
-MISSING = "The TPU compiler is not installed, so there is nothing to show: pip install libtpu (no TPU is needed), or give a folder of reports."
+MISSING = (
+    "The TPU compiler is not installed, so there is nothing to show: pip install libtpu (no TPU is needed), or give a folder of reports."
+)
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 PARTS = ("arguments", "temporaries", "outputs", "code", "beside")
 
@@ -54,8 +56,8 @@ def plans(
     stage: str = "sft",
     changes: Sequence[str] = (),
 ) -> Plans:
-    """The reports in the folder or file ``given``; None: of a stage of ``experiment`` compiled for ``topology`` under each of ``shapes``, kept
-    in ``into``. Without the TPU compiler there are none, which ``note`` says."""
+    """The reports in the folder or file ``given``; None: of a stage of ``experiment`` compiled for ``topology`` under each of ``shapes``,
+    kept in ``into``. Without the TPU compiler there are none, which ``note`` says."""
     if given is not None:
         return read(pathlib.Path(given))
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
@@ -107,7 +109,9 @@ def memory(found: Plans) -> Table:
     rows = []
     for r in found.reports:
         p = r.program
-        rows.append((r.topology, r.label, *map(bytes_text, parts(p).values()), bytes_text(p["peak_bytes"]), bytes_text(p["hbm_bytes"]), p["fits"]))
+        rows.append(
+            (r.topology, r.label, *map(bytes_text, parts(p).values()), bytes_text(p["peak_bytes"]), bytes_text(p["hbm_bytes"]), p["fits"])
+        )
     return Table("Memory per device", ("topology", "program", *PARTS, "peak", "HBM", "fits"), tuple(rows), found.note)
 
 
@@ -123,7 +127,9 @@ def memory_figure(found: Plans) -> Drawn:
         heights = {name: tuple(p[name] / size for p in each) for name in PARTS}
         hbm = bytes_text(max(r.program["hbm_bytes"] for r in reports))
         panels.append(Bars(f"{topology}: {hbm} of HBM a device", f"{unit} per device", tuple(r.label for r in reports), heights))
-    caption = "As the compiler has laid them out. outputs: those that do not take the place of arguments; beside: what the stage keeps besides."
+    caption = (
+        "As the compiler has laid them out. outputs: those that do not take the place of arguments; beside: what the stage keeps besides."
+    )
     return Drawn(Figure("memory", "Memory by part", found.note or caption, tuple(panels)))
 
 
@@ -143,7 +149,17 @@ def shapes(found: Plans) -> Table:
     order = sorted(found.reports, key=lambda r: (not r.program["fits"], -r.program["estimate"]["tokens_per_second_per_chip"]))
     for r in order:
         e = r.program["estimate"]
-        rows.append((r.topology, r.label, e["tokens_per_second_per_chip"], e["bound_by"], bytes_text(r.program["peak_bytes"]), r.program["fits"], ""))
+        rows.append(
+            (
+                r.topology,
+                r.label,
+                e["tokens_per_second_per_chip"],
+                e["bound_by"],
+                bytes_text(r.program["peak_bytes"]),
+                r.program["fits"],
+                "",
+            )
+        )
     for topology, mesh, reason in found.impossible:
         rows.append((topology, " ".join(f"{axis}={n}" for axis, n in mesh.items()), None, None, None, None, reason))
     columns = ("topology", "program and mesh", "tokens/s a chip", "bound by", "peak", "fits", "why not")

@@ -33,8 +33,8 @@ from .shown import Drawn, Table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loads:
-    """R runs of some domains, L layers, E experts. pairs: float64 [R, L, E], token-expert pairs of each run; of_run: int [R], the place of its
-    domain in ``domains``. name: of the model."""
+    """R runs of some domains, L layers, E experts. pairs: float64 [R, L, E], token-expert pairs of each run; of_run: int [R], the place of
+    its domain in ``domains``. name: of the model."""
 
     name: str
     domains: tuple[str, ...]
@@ -49,8 +49,8 @@ class Loads:
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """Mean over pairs of domains of their distance, one number a layer [L]. dealt: the mean of the same over shuffles of the runs; most: its
-    95th percentile. p: share of the shuffles, the real one among them, that are at least as far apart."""
+    """Mean over pairs of domains of their distance, one number a layer [L]. dealt: the mean of the same over shuffles of the runs; most:
+    its 95th percentile. p: share of the shuffles, the real one among them, that are at least as far apart."""
 
     found: tuple[float, ...]
     dealt: tuple[float, ...]
@@ -74,8 +74,7 @@ def first_stage(experiment: str, into: str | pathlib.Path, changes: Sequence[str
             print(f"stage 1 of {experiment}, {cfg.sft.steps} steps")
             show = cfg.limits.show_tools
             made = [
-                experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show)
-                for i, d in enumerate(cfg.domains)
+                experts.examples(cfg.family(d), i, cfg.runs[d], "sft", cfg.seed, setting.tokenizer, show) for i, d in enumerate(cfg.domains)
             ]
             sft.run(cfg.sft, setting.init_params(), sft.Curriculum(cfg.sft, list(itertools.chain(*made)), setting), setting)
     return folder
@@ -129,8 +128,8 @@ def heat_map(loads: Loads) -> Drawn:
     x, y = tuple(range(count)), tuple(range(len(loads.domains)))
     panels = tuple(
         Heat(
-            f"layer {layer + 1}", "expert", "", "load (1: balanced)", x, y, tuple(map(tuple, values[:, layer].tolist())),
-            xticks=tuple(str(i + 1) for i in x) if count <= 16 else (), yticks=loads.domains, limits=(0.0, top),
+            f"layer {layer + 1}", "expert", "", "load (1: balanced)", x, y, _from_below(values[:, layer]),
+            xticks=tuple(str(i + 1) for i in x) if count <= 16 else (), yticks=loads.domains[::-1], limits=(0.0, top),
         )
         for layer in range(layers)
     )  # fmt: skip
@@ -145,8 +144,8 @@ def distance_map(loads: Loads) -> Drawn:
     at, top = tuple(range(len(names))), max(0.1, float(found.max()))
     short = tuple(name if len(name) <= 12 else name[:11] + "." for name in names)
     panels = tuple(
-        Heat(f"layer {i + 1}", "", "", "distance", at, at, tuple(map(tuple, of_layer.tolist())), xticks=tuple(str(k + 1) for k in at),
-             yticks=tuple(f"{k + 1} {name}" for k, name in enumerate(short)), limits=(0.0, top))
+        Heat(f"layer {i + 1}", "", "", "distance", at, at, _from_below(of_layer), xticks=tuple(str(k + 1) for k in at),
+             yticks=tuple(f"{k + 1} {name}" for k, name in enumerate(short))[::-1], limits=(0.0, top))
         for i, of_layer in enumerate(found)
     )  # fmt: skip
     caption = f"{loads.name}. Jensen-Shannon distance, base 2: 0 equal loads, 1 no expert in common."
@@ -172,6 +171,11 @@ def evenness(loads: Loads) -> Table:
             rows.append((domain, layer + 1, int(p.argmax()) + 1, float(count * p.max()), float(np.exp(-np.sum(some * np.log(some))))))
     columns = ("domain", "layer", "busiest expert", "its load", "experts in effect")
     return Table(f"How evenly experts are used ({loads.name}, {count} experts)", columns, tuple(rows))
+
+
+def _from_below(rows: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Rows for a figure whose y goes up, so that the first one stands at the top."""
+    return tuple(map(tuple, rows[::-1].tolist()))
 
 
 def _mean(found: np.ndarray) -> np.ndarray:

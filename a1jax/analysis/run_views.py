@@ -9,9 +9,9 @@ from ..config import ConfigError
 from ..domains import solve
 from ..stages import experts
 from ..stages.pipeline import Experiment
-from . import behaviour, findings, kept, page, reading, report, seeds, show
+from . import behaviour, kept, page, seeds, show
 from .kept import Kept
-from .shown import Drawn, Markup, Several, Table, drawn, printed
+from .shown import Markup, Several, Table, drawn, printed
 
 
 def source(run: pathlib.Path) -> Table:
@@ -26,7 +26,8 @@ def source(run: pathlib.Path) -> Table:
 def success(run: pathlib.Path) -> Table:
     """Success on held-out tasks per domain and model, in percent, with 95 % Wilson intervals; models that have been judged so far."""
     rows = [
-        (r["domain"], r["model"], r["n"], f"{100 * r['success']:.1f}", f"{100 * r['low']:.0f}-{100 * r['high']:.0f}") for r in seeds.rows([run])
+        (r["domain"], r["model"], r["n"], f"{100 * r['success']:.1f}", f"{100 * r['low']:.0f}-{100 * r['high']:.0f}")
+        for r in seeds.rows([run])
     ]
     return Table("Success on held-out tasks, percent", ("domain", "model", "n", "success", "95 % interval"), tuple(rows))
 

@@ -41,9 +41,7 @@ class Table:
     def __repr__(self) -> str:
         cells, right = self.texts(), self._right()
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = [
-            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
-        ]
+        lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells]
         return "\n".join(filter(None, (self.title, lines[0], "-" * len(lines[0]), *lines[1:], self.note)))
 
     def _repr_html_(self) -> str:
@@ -69,7 +67,7 @@ class Drawn:
 
     def _repr_html_(self) -> str:
         if not self.figure.panels:
-            return f"{_title(self.figure.title)}{_note('Nothing to show.')}"
+            return f"{_title(self.figure.title)}{_note(self.figure.caption or 'Nothing to show.')}"
         # As an image: inside one, a figure's names cannot meet another's.
         data = base64.b64encode(drawing.draw(self.figure).encode()).decode()
         image = f'<img style="max-width:100%;background:white" src="data:image/svg+xml;base64,{data}">'
@@ -132,7 +130,9 @@ def cell_text(cell: Any) -> str:
 
 
 def _row(tag: str, cells: Sequence[str], sides: Sequence[str], style: str) -> str:
-    made = (f'<{tag} style="text-align:{s};{style};white-space:pre-wrap">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True))
+    made = (
+        f'<{tag} style="text-align:{s};{style};white-space:pre-wrap">{html.escape(c)}</{tag}>' for c, s in zip(cells, sides, strict=True)
+    )
     return f"<tr>{''.join(made)}</tr>"
 
 
