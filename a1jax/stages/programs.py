@@ -87,14 +87,17 @@ class Place:
 
 
 def of_stage(cfg: Experiment, stage: str, place: Place) -> list[Program]:
-    """The programs of one of STAGES, different ones only. Raises ConfigError for sizes that the mesh cannot cut."""
+    """The programs of one of STAGES, different ones only: of equal ones that which most is kept beside. Raises ConfigError for sizes that
+    the mesh cannot cut."""
     if stage not in STAGES:
         raise ConfigError(f"stage '{stage}' is unknown: choose {', '.join(STAGES)}")
     with place.on():
         found: dict[Any, Program] = {}
         for program in {"sft": _sft, "teacher": _teacher, "distill": _distill, "rollout": _rollout}[stage](cfg, place):
             leaves = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(program.args))
-            found.setdefault((program.fn, leaves), program)
+            other = found.setdefault((program.fn, leaves), program)
+            if held_bytes(program.beside) > held_bytes(other.beside):
+                found[program.fn, leaves] = program
         return list(found.values())
 
 
@@ -107,31 +110,48 @@ def _again(block: int, model: ModelConfig) -> float:
     return 1.0 if block < model.vocab_size else 0.0
 
 
-def _supervised(cfg: sft.SftConfig, model: ModelConfig, domains: int, place: Place, *names: str) -> Program:
-    """The train step of ``sft.run``, which copies the parameters it starts from: the caller keeps them."""
+BASE, SFT = "the base model", "the stage-1 model"
+
+
+def kept(cfg: Experiment, place: Place, after: str = "") -> dict[str, Any]:
+    """What ``pipeline.train_all`` holds, name -> abstract parameters: teachers that are checkpoints, and the base model; once stage
+    1 is over its model; then the teachers trained, in the order of domains: those before the domain ``after``, or all for "teachers"."""
+    models = _teachers(cfg)
+    named = {f"the teacher of {d}": place.params(m) for d, m in models.items() if d in cfg.checkpoints} | {BASE: place.params(cfg.model)}
+    own = [d for d in models if d not in cfg.checkpoints]
+    if after:
+        named[SFT] = place.params(cfg.model)
+        done = own if after == "teachers" else own[: own.index(after)] if after in own else []
+        named |= {f"the teacher of {d}": place.params(cfg.model) for d in done}
+    return named
+
+
+def _supervised(cfg: sft.SftConfig, model: ModelConfig, domains: int, place: Place, beside: dict[str, Any], *names: str) -> Program:
+    """The train step of ``sft.run``, which copies the parameters it starts from: these are among what is kept."""
     stage, name, settings = names
     args = (place.state(model, cfg.optimizer, cfg.steps), place.batch(cfg.rows, cfg.max_length))
     cost = flops.training(model, cfg.max_length, head_again=_again(cfg.vocab_block, model))
-    beside = {"the parameters it began with": place.params(model)}
     return Program(stage, name, sft.train_step(cfg, model, domains), args, cfg.rows * cfg.max_length, cost, settings, beside)
 
 
 def _sft(cfg: Experiment, place: Place) -> Iterator[Program]:
-    yield _supervised(cfg.sft, cfg.model, len(cfg.domains), place, "sft", "train_step", "sft")
+    yield _supervised(cfg.sft, cfg.model, len(cfg.domains), place, kept(cfg, place), "sft", "train_step", "sft")
 
 
 def _teacher(cfg: Experiment, place: Place) -> Iterator[Program]:
     for domain, settings in cfg.teachers.items():
         for i, phase in enumerate(settings.recipe):
             path, name = f"teachers.{domain}.recipe.{i}", f"{domain}/{i + 1}"
+            beside = kept(cfg, place, domain) | ({"the phase before": place.params(cfg.model)} if i else {})
             if isinstance(phase, teacher.SftPhase):
-                yield _supervised(phase.sft, cfg.model, len(cfg.domains), place, "teacher", f"{name}_sft", f"{path}.sft")
+                yield _supervised(phase.sft, cfg.model, len(cfg.domains), place, beside, "teacher", f"{name}_sft", f"{path}.sft")
             else:
-                yield from _reinforced(phase, cfg.model, place, name, path)
+                yield from _reinforced(phase, cfg.model, place, beside, name, path)
 
 
-def _reinforced(cfg: grpo.GrpoConfig, model: ModelConfig, place: Place, name: str, path: str) -> Iterator[Program]:
-    """The update of ``grpo.run``, and the pass that scores the frozen reference (or the model itself) where its objective wants one."""
+def _reinforced(cfg: grpo.GrpoConfig, model: ModelConfig, place: Place, beside: dict[str, Any], name: str, path: str) -> Iterator[Program]:
+    """The update of ``grpo.run``, and the pass that scores the frozen reference (or the model itself) where its objective wants one.
+    beside: what is kept, the reference among it."""
     batch = place.batch(cfg.rows, cfg.max_length, _routes(cfg.replay_routes, model))
     kept = ["advantages", "rollout_logp"] + ["ref_logp"] * bool(cfg.objective.kl_coefficient)
     kept += ["old_logp"] * (cfg.objective.old == "recomputed")
@@ -139,15 +159,16 @@ def _reinforced(cfg: grpo.GrpoConfig, model: ModelConfig, place: Place, name: st
     state, first = place.state(model, cfg.optimizer, cfg.steps * cfg.updates), place.params(model)
     tokens, length = cfg.rows * cfg.max_length, cfg.limits.max_length
     cost = flops.training(model, length, head_again=_again(cfg.vocab_block, model))
-    beside = {"the frozen reference, which it began with": first}
+    reference = "the phase before" if "the phase before" in beside else SFT
+    others = {n: p for n, p in beside.items() if n != reference}
     yield Program("teacher", f"{name}_grpo", grpo.train_step(cfg, model), (state, data), tokens, cost, path, beside)
     scored = flops.forward(model, length)
     if cfg.objective.kl_coefficient:
         args = (first, batch.replace(routes=None))
-        yield Program("teacher", f"{name}_reference", grpo.logp_step(cfg, model), args, tokens, scored, path, {"the state": state})
+        yield Program("teacher", f"{name}_reference", grpo.logp_step(cfg, model), args, tokens, scored, path, others | {"the state": state})
     if cfg.objective.old == "recomputed":
-        beside = {"the state": (state.opt_state, first)}
-        yield Program("teacher", f"{name}_own", grpo.logp_step(cfg, model), (first, batch), tokens, scored, path, beside)
+        rest = beside | {"the optimizer's state": state.opt_state}
+        yield Program("teacher", f"{name}_own", grpo.logp_step(cfg, model), (first, batch), tokens, scored, path, rest)
 
 
 def _teachers(cfg: Experiment) -> dict[str, ModelConfig]:
@@ -162,8 +183,8 @@ def _teachers(cfg: Experiment) -> dict[str, ModelConfig]:
 def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
     """Scoring by each architecture of teacher, and the train step on all domains' rows; all teachers stay on the devices."""
     own, model, models = cfg.distill, cfg.model, _teachers(cfg)
-    everything, held = own.mode == "full", {f"the teacher of {d}": place.params(m) for d, m in models.items()}
-    state, first = place.state(model, own.optimizer, own.steps), {"the parameters it began with": place.params(model)}
+    everything, held = own.mode == "full", kept(cfg, place, "teachers")
+    state = place.state(model, own.optimizer, own.steps)
     batch, scores = place.batch(own.rows, own.max_length, _routes(own.replay_routes, model)), {}
     for domain, m in models.items():
         fn = scoring.score_step(m, own.k, own.vocab_block, own.mode == "sampled", everything)
@@ -173,7 +194,7 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
             fn, args, cost = _mixed(own, models, domain, held, batch)
             others = {n: p for n, p in held.items() if not any(p is one for one in args[0])}
         scores[domain] = jax.eval_shape(fn, *args)
-        beside = {"the state": state, **others, **first}
+        beside = {"the state": state, **others}
         yield Program("distill", f"score/{domain}", fn, args, own.rows * own.max_length, cost, "distill", beside)
     rows = own.rows * len(models)
     data: dict[str, Any] = {"batch": place.batch(rows, own.max_length, _routes(own.replay_routes, model))}
@@ -190,7 +211,7 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
     tx = own.optimizer(transformer.specs(model), own.steps)
     fn = distill.train_step(own, model, len(models), tx)
     cost = flops.training(model, own.limits.max_length, *_heads(own, model))
-    yield Program("distill", "train_step", fn, (state, data, frozen), rows * own.max_length, cost, "distill", held | first)
+    yield Program("distill", "train_step", fn, (state, data, frozen), rows * own.max_length, cost, "distill", held)
 
 
 def _mixed(own: distill.DistillConfig, models: dict[str, ModelConfig], domain: str, held: dict[str, Any], batch: Any) -> tuple:
@@ -215,25 +236,22 @@ def _heads(cfg: distill.DistillConfig, model: ModelConfig) -> tuple[float, float
 
 def _rollout(cfg: Experiment, place: Place) -> Iterator[Program]:
     """Decoding as every stage that samples does it: distillation, each phase of GRPO, evaluation."""
-    model = cfg.model
-    own: dict[str, tuple[Limits, Any]] = {"distill": (cfg.distill.limits, (cfg.distill.optimizer, cfg.distill.steps))}
+    model, held = cfg.model, kept(cfg, place, "teachers")
+    own = {"distill": (cfg.distill.limits, held | _optimizer(cfg.distill, model, place, cfg.distill.steps))}
     for domain, settings in cfg.teachers.items():
         for i, phase in enumerate(settings.recipe):
             if isinstance(phase, grpo.GrpoConfig):
-                path = f"teachers.{domain}.recipe.{i}"
-                own[path] = (phase.limits, (phase.optimizer, phase.steps * phase.updates))
-    own["evaluation"] = (cfg.limits, None)
-    for path, (limits, optimizer) in own.items():
-        beside = {}
-        if optimizer is not None:
-            beside = {
-                "the optimizer's state": place.state(model, *optimizer).opt_state,
-                "the parameters it began with": place.params(model),
-            }
-        if path == "distill":
-            beside |= {f"the teacher of {d}": place.params(m) for d, m in _teachers(cfg).items()}
+                before = kept(cfg, place, domain) | ({"the phase before": place.params(model)} if i else {})
+                own[f"teachers.{domain}.recipe.{i}"] = (phase.limits, before | _optimizer(phase, model, place, phase.steps * phase.updates))
+    judged = held | {"stage 1 continued": place.params(model)}  # the student is the one that acts
+    own["evaluation"] = (cfg.limits, judged)
+    for path, (limits, beside) in own.items():
         settings = "limits" if path == "evaluation" else f"{path}.limits"
         yield from _decoding(limits, model, place, path, settings, beside)
+
+
+def _optimizer(cfg: Any, model: ModelConfig, place: Place, steps: int) -> dict[str, Any]:
+    return {"the optimizer's state": place.state(model, cfg.optimizer, steps).opt_state}
 
 
 def abstract_slots(limits: Limits, model: ModelConfig, place: Place) -> Any:

@@ -1,17 +1,41 @@
-"""What `a1jax compile` is given of a stage: the scoring of a mixture has all of its teachers as arguments and is paid for all of them."""
+"""What `a1jax compile` is given of a stage: mixtures are scored by all their teachers, and models that a run keeps are counted."""
 
 import dataclasses
 
 import jax
 
 from a1jax.models import flops
-from a1jax.stages import mixtures, programs
+from a1jax.stages import mixtures, programs, scoring
 
 
 def scoring_programs(cfg, own_weight):
     cfg = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, own_weight=own_weight))
     found = programs.of_stage(cfg, "distill", programs.Place(None, jax.devices()[0]))
     return [p for p in found if p.name.startswith("score/")]
+
+
+def test_what_a_run_keeps_beside_a_program_is_counted(small_experiment):
+    """One model's bytes are m: the base; then stage 1's; then each teacher, once it is trained; at the end all but the one that acts."""
+    cfg, place = small_experiment, programs.Place(None, jax.devices()[0])
+    m = programs.held_bytes(place.params(cfg.model))
+
+    def beside(stage):
+        return {p.name: {name: programs.held_bytes(x) // m for name, x in p.beside.items()} for p in programs.of_stage(cfg, stage, place)}
+
+    base, sft = {"the base model": 1}, {"the base model": 1, "the stage-1 model": 1}
+    teachers = {"the teacher of search": 1, "the teacher of tool_calling": 1}
+    assert beside("sft") == {"train_step": base}
+    found = beside("teacher")  # equal programs: told of the last domain, which has most beside it
+    assert list(found.values()) == [sft | {"the teacher of search": 1}]
+    found = beside("distill")
+    assert found["train_step"] == sft | teachers and found["score/search"]["the state"] >= 2  # parameters and moments
+    found = beside("rollout")
+    assert found["decode/distill"].keys() == sft.keys() | teachers.keys() | {"the optimizer's state"}
+    judged = [p for name, p in found.items() if name == "decode/evaluation"]
+    assert all(p == sft | teachers | {"stage 1 continued": 1} for p in judged)
+    given = dataclasses.replace(cfg, checkpoints={"tool_calling": scoring.Checkpoint("nowhere")})
+    sft_step = next(iter(programs.of_stage(given, "sft", place)))
+    assert sft_step.beside.keys() == {"the base model", "the teacher of tool_calling"}  # opened before anything is trained
 
 
 def test_a_mixture_is_scored_by_all_its_teachers(small_experiment):
