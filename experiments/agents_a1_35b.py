@@ -19,10 +19,13 @@ nothing else needs. They score in turn, by one program whose argument is the tea
 
 Compiled to the end at full depth by libtpu 0.0.52, no chip here. GB = 10^9 bytes per chip; beside: what the stage keeps in HBM besides.
 
-    stage  topology   mesh       tokens       arguments  temporaries  beside   peak     HBM   10^9 FLOPs/token   compiling      commit
-    sft    v5p:4x4x4  fsdp 64    64 x 4,096        6.52         6.19    2.17  15.26  102.79              19.39   461 s of CPU   7d26e11
+    stage  topology   mesh                tokens        arguments  temporaries  beside   peak     HBM   10^9 FLOPs/token   CPU s   commit
+    sft    v5p:4x4x4  fsdp 64             64 x 4,096         6.52         6.19    2.17  15.26  102.79              19.39     461   7d26e11
+    sft    v5p:4x4x4  fsdp 16 context 4   16 x 131,072       6.52        23.82    2.17  33.02  102.79              50.60     514   83cab01
 
-MaxText 0.2.5 takes 18.99 GB of temporaries for the same tokens on the same chips (../shared/design/platform.md): here a third of that.
+Both fit. MaxText 0.2.5 takes 18.99 and 77.70 GB of temporaries for the same tokens on the same chips (../shared/design/platform.md): here a
+third of that and less. Sent per chip and step, in GB: the first 30.9 by all-reduce (weights and gradients) and 13.3 by all-to-all (pairs, a
+round); the second 30.9, 13.2, and 16.1 by collective-permute and 9.2 by other collectives over context (keys, values, queries, states).
 The time to compile hardly grows with depth, because the layers are a scan over blocks of 4: 8 layers take 364 s of CPU, 40 take 461. Nearly
 all of it is generating code, which begins a minute after the start, when memory is assigned. On a busy machine the wait was 23 minutes.
 
@@ -54,8 +57,8 @@ row, 2.61 times as many; 29.45e9 in rows packed with runs of 45,000, 1.52 times 
           335.5 MB  f32[10,4,2048,1024]        jit(step)/transpose(jvp())/while/body/jit(dynamic_update_index_in_dim)/dynamic_update_slice
       ... (7 more, and the largest arguments; the time is an estimate, not a measurement)
 
-The loops without a number of trips are rounds of models.exchange: balanced routing takes 2 at 4,096 tokens a chip, 8 at 16,384, and
-all-to-all that many times. Gathers of weights are among the all-reduces: over all 64 chips the compiler writes them as sums.
+The loops without a number of trips are rounds of models.exchange: balanced routing takes 2 at 4,096 tokens a chip, 8 at 16,384 and 16 at
+32,768, each with all-to-all once. Gathers of weights are among the all-reduces: over all 64 chips the compiler writes them as sums.
 """
 
 import dataclasses
