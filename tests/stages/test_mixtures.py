@@ -1,4 +1,4 @@
-"""A mixture of teachers in stage 3: against the dense formula, with hard routing as its end; slow (``-m slow``): on a mesh."""
+"""A mixture of teachers in stage 3: against the dense formula, with hard routing as its end; slow (``-m slow``): the loss, a mesh."""
 
 import dataclasses
 
@@ -91,6 +91,7 @@ def test_all_weight_on_the_own_teacher_is_hard_routing(setting, models, runs, mo
             np.testing.assert_allclose(got[name], expected[name], atol=1e-6 if sampled else 0)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_teacher_mixed_with_itself_is_that_of_hard_routing(setting, models, runs):
     """By the path that takes the sum, in the mode that compares the rest as well: value and gradient. Another teacher's part moves them."""
     student, teachers = models
@@ -110,7 +111,7 @@ def test_the_loss_of_a_teacher_mixed_with_itself_is_that_of_hard_routing(setting
 
     hard, soft, other = of(one, 1.0), of(one, 0.6), of(teachers, 0.6)
     np.testing.assert_allclose(soft[0], hard[0], rtol=1e-4)
-    assert abs(other[0] - hard[0]) > 0.01 * hard[0]
+    assert abs(other[0] - hard[0]) > 0.002 * hard[0]  # twenty times what the sum may differ by
     for a, b in zip(*map(jax.tree.leaves, (soft[1], hard[1])), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()))
 
