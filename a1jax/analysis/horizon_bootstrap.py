@@ -7,11 +7,11 @@ the estimate with the fit's curvature, is the third kind of draws: it knows that
 always finds the same.
 
 Seeds are drawn inside each grid point: cells that differ in nothing but the seed; the seed of one size is no kin to that of another. Where
-a grid point has one seed, its cell is drawn from among all such cells, as points of a regression are: the luck of training is then what
-cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of steps, the same
-draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for small k (Rao and Wu,
-1988, "Resampling inference with complex survey data"). The deviations of the refitted coefficients are stretched by Student's t over the
-normal quantile, for the few degrees of freedom that few seeds leave.
+grid points have one seed or two, their cells are also drawn from among all such cells, as points of a regression are: the luck of training
+is then what cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of
+steps, the same draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for
+small k (Rao and Wu, 1988, "Resampling inference with complex survey data"). The deviations of the refitted coefficients are stretched by
+Student's t over the normal quantile, for the few degrees of freedom that few seeds leave.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from . import horizon_fit
 from .horizon_fit import RIDGE, Form, Scale, Table
 
 DRAWS = 400
+FEW = 2  # seeds of a grid point from which alone its luck is not told well enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """over: "seeds" (or "cells", where grid points have one seed), "tasks", "chance" -> [B, P] coefficients; what could not be resampled is
+    """over: "seeds", "cells" (where grid points have few seeds), "tasks", "chance" -> [B, P] coefficients; what could not be resampled is
     not in it. weights: "seeds", "tasks" -> ([B, C] weights of cells, [B, T] weights of tasks). notes: what the intervals do not hold."""
 
     over: dict[str, np.ndarray]
@@ -43,7 +44,8 @@ def draw(t: Table, form: Form, at: Scale, beta: np.ndarray, draws: int = DRAWS, 
     x = horizon_fit.rows(t, form, at)
     penalty = horizon_fit.penalties(form, at, t.domains, ridge)
     ones = np.ones((draws, len(t.cells))), np.ones((draws, len(t.group)))
-    alone = np.bincount(t.points)[t.points] == 1
+    seeds = np.bincount(t.points)[t.points]
+    alone, few = seeds == 1, seeds <= FEW
     along_cells = len(beta) - len(t.domains)  # coefficients that lone cells must tell: intercept and all slopes but that of steps
     notes, weights, over = [], {}, {}
     if not alone.all():
@@ -55,11 +57,12 @@ def draw(t: Table, form: Form, at: Scale, beta: np.ndarray, draws: int = DRAWS, 
     for name, w in weights.items():
         off = refit(x, *counts(t, w), penalty, beta) - beta
         over[name] = beta + off * stretch(t.points if name == "seeds" else t.group)
-    if alone.sum() > along_cells + 1:
-        strata = np.where(alone, -1, t.points)
+    if few.sum() > along_cells + 1:
+        strata = np.where(few, -1, t.points)
         off = refit(x, *counts(t, (rao_wu(rng, strata, draws), ones[1])), penalty, beta) - beta
-        over.pop("seeds", None)
         over["cells"] = beta + off * stretch(strata, along_cells)
+    if alone.any() and "cells" in over:
+        over.pop("seeds", None)
         rest = "the luck of training is told from how far cells lie off the law, as if the law's form were right"
         notes.append(f"{alone.sum()} of {len(alone)} cells are their grid point's only seed: {rest}")
     elif alone.any():
