@@ -3,11 +3,14 @@
 FOLDER/sweep.json              {"format": "a1jax.sweep/1", "name", "axes": {axis: [values in order]}, "cells": [names in order]}
 FOLDER/cells/NAME/cell.json    {"format": "a1jax.cell/1", "name", "axes", "parameters", "train", "tasks", ...} of a finished cell
 FOLDER/cells/NAME/failed.json  {"name", "axes", "error", "traceback"} of one that failed
+
+Or one file (``pack``), lines of JSON in gzip: sweep.json, then every finished cell without its curves. Measured sweeps are kept so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -65,14 +68,11 @@ class Sweep:
 
 
 def load(folder: str | pathlib.Path) -> Sweep:
-    """Raises ConfigError, one line, for a folder without a sweep and for files that are unreadable or of another format."""
+    """A sweep's folder, or its file. Raises ConfigError, one line, where there is none and for what is unreadable or of another format."""
     folder = pathlib.Path(folder)
-    plan = folder / "sweep.json"
-    if not plan.is_file():
-        raise ConfigError(f"{folder}: no sweep.json in it; give the folder of a sweep")
-    written = _read(plan, SWEEP)
-    for key, kind in (("name", str), ("axes", dict[str, list]), ("cells", list[str])):
-        _field(written, key, kind, plan)
+    if folder.is_file():
+        return _unpack(folder)
+    written = _plan(folder)
     cells, failed, missing = [], [], []
     for name in written["cells"]:
         done, broken = folder / "cells" / name / "cell.json", folder / "cells" / name / "failed.json"
@@ -89,6 +89,47 @@ def load(folder: str | pathlib.Path) -> Sweep:
     listed = set(written["cells"])
     unlisted = sorted(path.parent.name for path in folder.glob("cells/*/cell.json") if path.parent.name not in listed)
     return Sweep(written["name"], written["axes"], tuple(cells), tuple(failed), tuple(missing), tuple(unlisted), folder)
+
+
+def _plan(folder: pathlib.Path) -> dict[str, Any]:
+    plan = folder / "sweep.json"
+    if not plan.is_file():
+        raise ConfigError(f"{folder}: no sweep.json in it; give the folder of a sweep")
+    return _planned(_read(plan, SWEEP), plan)
+
+
+def _planned(written: dict[str, Any], place: Any) -> dict[str, Any]:
+    for key, kind in (("name", str), ("axes", dict[str, list]), ("cells", list[str])):
+        _field(written, key, kind, place)
+    return written
+
+
+def pack(folder: str | pathlib.Path, file: str | pathlib.Path) -> pathlib.Path:
+    """Writes a sweep's folder, finished or not, as one small file that ``load`` reads: all but the cells' curves and what failed."""
+    folder, file = pathlib.Path(folder), pathlib.Path(file)
+    lines = [_plan(folder)]
+    for cell in load(folder).cells:
+        lines.append(_read(folder / "cells" / cell.name / "cell.json", CELL))
+        lines[-1].pop("curves", None)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(gzip.compress(text.encode(), mtime=0))  # equal sweeps give equal bytes
+    part.replace(file)
+    return file
+
+
+def _unpack(file: pathlib.Path) -> Sweep:
+    try:
+        first, *rest = (json.loads(line) for line in gzip.decompress(file.read_bytes()).decode().splitlines())
+    except (OSError, EOFError, ValueError) as error:
+        raise ConfigError(f"{file}: no sweep in one file ({str(error).splitlines()[0]}); give what pack wrote, or a folder") from None
+    if not isinstance(first, dict) or first.get("format") != SWEEP:
+        raise ConfigError(f"{file}: its first line is no plan of format {SWEEP!r}; give what pack wrote, or a folder")
+    written = _planned(first, file)
+    cells = [from_json(line, f"{file}: line {number}") for number, line in enumerate(rest, 2)]
+    done = {cell.name for cell in cells}
+    missing = tuple(name for name in written["cells"] if name not in done)
+    return Sweep(written["name"], written["axes"], tuple(cells), (), missing, (), file)
 
 
 def from_json(written: dict[str, Any], place: Any) -> Cell:

@@ -1,4 +1,5 @@
-"""report.html of a sweep, finished or still running: its cells, what they say and the figures, with every number as CSV in ``report/``."""
+"""report.html of a sweep, finished or still running: its cells, what they say and the figures, with every number as CSV in ``report/``, and the
+whole sweep as one file that ``sweep.load`` reads."""
 
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     tables |= {"law": horizon.rows(sweep)} if findings else {}
     for name, table in tables.items():
         page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
+    sweeps.pack(folder, folder / page.FOLDER / "sweep.jsonl.gz")
     text = page.template("sweep.html.jinja").render(
         name=sweep.name,
         axes=sweep.axes,

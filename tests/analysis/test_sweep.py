@@ -1,6 +1,7 @@
 """Reading a sweep's folder: what is there, what failed, what is missing, and the errors that a wrong folder gives."""
 
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -21,6 +22,23 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path):
     assert [(f.name, f.axes["size"], f.error) for f in found.failed] == [("l-64-1-tokens", "l", "ValueError: loss is not finite at step 3")]
     assert found.cells == tuple(c for c in whole.cells if c.name not in ("xs-32-0-tokens", "l-64-1-tokens"))
     assert len(found.cells) == 4 * 2 * 2 - 2 and found.cells[0].parameters == {"total": 12_000, "active": 8_192}
+
+
+def test_a_sweep_in_one_file_is_the_same_sweep(tmp_path):
+    folder = synthetic_sweep.write(tmp_path / "s", grid=SMALL, missing=["xs-32-0-tokens"], failed=["l-64-1-tokens"])
+    found, packed = sweep.load(folder), sweep.load(sweep.pack(folder, tmp_path / "s.jsonl.gz"))
+    assert (packed.name, packed.axes) == (found.name, found.axes)
+    assert packed.cells == tuple(dataclasses.replace(cell, curves={}) for cell in found.cells)
+    assert packed.missing == ("xs-32-0-tokens", "l-64-1-tokens")  # what failed is not finished
+    assert sweep.pack(folder, tmp_path / "again.jsonl.gz").read_bytes() == (tmp_path / "s.jsonl.gz").read_bytes()
+
+
+def test_a_file_that_is_no_sweep_is_refused_in_one_line(tmp_path):
+    for name, content in (("text", b"hello"), ("cut", gzip.compress(b"{}" * 99)[:20]), ("other", gzip.compress(b'{"format": "x"}\n'))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name}: .*give what pack wrote, or a folder") as caught:
+            sweep.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_cell_that_succeeded_after_it_failed_has_succeeded(tmp_path):
