@@ -1,4 +1,4 @@
-"""report.html of a sweep, finished or still running: its cells, what they say and the figures, with every number as CSV in ``report/``, and the
+"""report.html of a sweep, finished or running: its cells, what they say and the figures, with every number as CSV in ``report/``, and the
 whole sweep as one file that ``sweep.load`` reads."""
 
 from __future__ import annotations
