@@ -105,31 +105,39 @@ def parts(program: dict[str, Any]) -> dict[str, int]:
 
 
 def memory(found: Plans) -> Table:
-    """Bytes per device by part, and whether they fit."""
+    """Bytes per device by part, and whether they fit; number: of the bar in ``memory_figure``."""
     rows = []
-    for r in found.reports:
+    for number, r in enumerate(found.reports, start=1):
         p = r.program
         rows.append(
-            (r.topology, r.label, *map(bytes_text, parts(p).values()), bytes_text(p["peak_bytes"]), bytes_text(p["hbm_bytes"]), p["fits"])
+            (
+                number,
+                r.topology,
+                r.label,
+                *map(bytes_text, parts(p).values()),
+                bytes_text(p["peak_bytes"]),
+                bytes_text(p["hbm_bytes"]),
+                p["fits"],
+            )
         )
-    return Table("Memory per device", ("topology", "program", *PARTS, "peak", "HBM", "fits"), tuple(rows), found.note)
+    return Table("Memory per device", ("number", "topology", "program", *PARTS, "peak", "HBM", "fits"), tuple(rows), found.note)
 
 
 def memory_figure(found: Plans) -> Drawn:
-    """The same as bars; a panel for each topology."""
+    """The same as bars, numbered as there; a panel for each topology."""
     by: dict[str, list[Report]] = {}
     for r in found.reports:
         by.setdefault(r.topology, []).append(r)
+    number = {id(r): str(i) for i, r in enumerate(found.reports, start=1)}
     panels = []
     for topology, reports in by.items():
         unit, size = next((u, n) for u, n in UNITS if max(r.program["peak_bytes"] for r in reports) >= n)
         each = [parts(r.program) for r in reports]
         heights = {name: tuple(p[name] / size for p in each) for name in PARTS}
         hbm = bytes_text(max(r.program["hbm_bytes"] for r in reports))
-        panels.append(Bars(f"{topology}: {hbm} of HBM a device", f"{unit} per device", tuple(r.label for r in reports), heights))
-    caption = (
-        "As the compiler has laid them out. outputs: those that do not take the place of arguments; beside: what the stage keeps besides."
-    )
+        panels.append(Bars(f"{topology}: {hbm} of HBM a device", f"{unit} per device", tuple(number[id(r)] for r in reports), heights))
+    caption = "As the compiler has laid them out; numbers as in the table. outputs: those that do not take the place of arguments; "
+    caption += "beside: what the stage keeps besides."
     return Drawn(Figure("memory", "Memory by part", found.note or caption, tuple(panels)))
 
 

@@ -51,7 +51,8 @@ def test_a_sweep_has_the_fastest_that_fits_first_and_the_impossible_last():
     (panel,) = pod_plan.memory_figure(found).figure.panels
     assert panel.ylabel == "GB per device" and panel.parts["temporaries"] == (44.0, 64.0, 44.0) and "103 GB of HBM" in panel.title
     assert [sum(values[i] for values in panel.parts.values()) for i in range(3)] == pytest.approx([100, 120, 100])
-    assert pod_plan.memory(found).rows[0][2:] == ("40 GB", "44 GB", "9 GB", "2 GB", "5 GB", "100 GB", "103 GB", True)
+    assert pod_plan.memory(found).rows[0][3:] == ("40 GB", "44 GB", "9 GB", "2 GB", "5 GB", "100 GB", "103 GB", True)
+    assert panel.labels == tuple(str(row[0]) for row in pod_plan.memory(found).rows) == ("1", "2", "3")
     assert pod_plan.collectives(found).rows[0][1:] == ("all-gather", "fsdp", 12, "3 MB", "2 MB")
     assert ("sft train_step, fsdp=2 expert=2", "would help", "", "", "fewer rows") in pod_plan.largest(found).rows
 
