@@ -3,7 +3,7 @@
     a1jax run experiments/ablations/three_stages.py             # all of them, three seeds
     a1jax run experiments/ablations/three_stages.py:modes       # one ablation: stages, k, modes, divergence, reduction, routing, writers,
                                                                 # experts, active_experts
-    a1jax run experiments/ablations/three_stages.py:smoke       # every path in under 3 minutes; learns nothing
+    a1jax run experiments/ablations/three_stages.py:smoke       # every path, about 4 minutes of CPU time; learns nothing
 
     stages          stage 1 alone | the teachers on their own domains | stage 1 continued at stage 3's compute | the student
     k               the paper's loss on the teacher's k best ids, k in 8, 32, 128, and on all 640 ids
