@@ -24,7 +24,7 @@ from . import horizon_fit
 from .horizon_cost import Cost, Costs, costs
 from .horizon_fit import Form, Score
 from .horizon_law import Law, Prediction, analyse, inside, predict, warning
-from .horizon_rate import Iso, Rate, exchange, iso
+from .horizon_rate import Iso, Rate, exchange, iso, without_size
 from .horizon_stops import Stop, stops
 from .sweep import Sweep, rates
 
@@ -52,6 +52,7 @@ __all__ = [
     "stops",
     "summary",
     "warning",
+    "without_size",
 ]
 
 

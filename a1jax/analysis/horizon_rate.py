@@ -78,12 +78,17 @@ def _sentence(law: Law, r: Rate) -> str:
         text = f"{place} one doubling of {what} is worth {r.value:.3g} times the parameters (95 %: {r.low:.3g} to {_times(r.high)})"
     else:
         slope = "{:.2g} logits per doubling, 95 %: {:.2g} to {:.2g}".format(*r.of_size)
-        text = f"{place} the effect of size cannot be told from none ({slope}): "
-        text += f"no factor of parameters is sure to be worth a doubling of {what}"
-        text += f"; it would be {r.low:.3g} times or more" if r.low > 1 else ""
+        text = f"{place} {without_size(r)} ({slope}): "
+        text += f"no factor of parameters is {'' if r.of_size[2] < 0 else 'sure to be '}worth a doubling of {what}"
+        text += f"; it would be {r.low:.3g} times or more" if 1 < r.low < math.inf else ""
     if r.of_horizon[1] <= 0 <= r.of_horizon[2]:
         text += f"; the effect of {what} cannot be told from none either" if not r.bounded else f"; that of {what} cannot be told from none"
     return f"{text}. {r.warning[0].upper()}{r.warning[1:]}." if r.warning else f"{text}."
+
+
+def without_size(r: Rate) -> str:
+    """Why a rate has no bound."""
+    return "larger models do worse" if r.of_size[2] < 0 else "the effect of size cannot be told from none"
 
 
 @dataclasses.dataclass(frozen=True)

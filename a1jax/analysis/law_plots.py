@@ -108,7 +108,7 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
         if not lines:
             none.append(told(fitted.over, values) or "all tasks")
             continue
-        note = f"{lost} points not shown: there the effect of size cannot be told from none" if lost else ""
+        note = f"{lost} points not shown: there size does not help beyond doubt" if lost else ""
         title = f"{told(fitted.over, values) or 'all tasks'} ({len(law.table.cells)} cells)"
         unit = "worth of a doubling of H (times the parameters, log scale)"
         level = 1.0, "worth nothing"
@@ -120,7 +120,7 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
         "Thin bars are 95 % bootstrap intervals, the wider of resampled seeds and tasks; one that leaves the panel may have no end."
     )
     if none:
-        caption += f" Not shown, as the effect of size cannot be told from none: {'; '.join(none)}."
+        caption += f" Not shown, as size does not help there beyond doubt: {'; '.join(none)}."
     return Figure("exchange_rate", "Exchange rate of horizon for parameters", caption, tuple(panels))
 
 

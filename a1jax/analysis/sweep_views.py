@@ -51,7 +51,7 @@ def exchange(found: Sweep) -> Several:
             rows.append((part, str(law.form), None, None, None, str(error)))
             continue
         ends = (rate.value, rate.low, rate.high) if rate.bounded else (None, rate.low, None)
-        rows.append((part, str(law.form), *ends, rate.warning or ("" if rate.bounded else "the effect of size cannot be told from none")))
+        rows.append((part, str(law.form), *ends, rate.warning or ("" if rate.bounded else horizon.without_size(rate))))
     columns = ("cells", "law in", "times the parameters", "low", "high", "note")
     table = Table("Worth of one doubling of the horizon, in the grid's middle", columns, tuple(rows), "\n".join(fitted.refused))
     figure = law_plots.exchange_rate(horizon_plots.points(found), fitted)

@@ -93,7 +93,7 @@ def test_the_exchange_rate_is_the_laws_with_its_interval_and_unit(made):
 def test_without_an_effect_of_size_there_is_no_rate_and_what_has_no_end_leaves_the_panel():
     sweep = synthetic_sweep.read(Law(active=0.0), Grid(horizons=(32, 128), seeds=(0, 1), of_each=4))
     figure = law_plots.exchange_rate(horizon_plots.points(sweep), law_plots.fit(sweep))
-    assert figure.panels == () and figure.caption.endswith("cannot be told from none: all tasks.")
+    assert figure.panels == () and figure.caption.endswith("size does not help there beyond doubt: all tasks.")
     line = figures.Line("a", (32.0, 64.0), (2.0, 3.0), (1.5, 2.0), (math.inf, 4.0))
     assert law_plots._limits([line]) == (0.8, 5.0)
     panel = figures.Panel("t", "x", "y", (line,), True, law_plots._limits([line]), whole=True, log_x=True)
