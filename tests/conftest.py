@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, strict broadcasting, and where the shared data lies."""
 
+import atexit
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), CH
 # Runs that are cut and go on, and commands in processes of their own, compile the same programs again: each worker keeps what took long for
 # itself and its children, until the tests end. Not one folder for all: jax writes these files in place, and another may be reading.
 CACHE = tempfile.mkdtemp(prefix="a1jax-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax  # noqa: E402
@@ -49,6 +51,7 @@ losses/test_masked.py losses/test_sampled.py losses/test_cross_entropy.py losses
 losses/test_grpo.py align/test_spans.py align/test_positions.py align/test_vocab_map.py align/test_target.py
 data/test_packing.py data/test_batches.py data/test_trajectories.py domains/test_domains.py domains/test_general.py domains/test_stopping.py
 rollout/test_turns.py rollout/test_rewards.py rollout/test_agent.py kernels/test_layout.py kernels/test_vocab_align.py
+stages/test_recipes.py analysis/test_drawing.py
 """.split()
 
 
@@ -66,10 +69,6 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("slow") is None and (file in QUICK or f"{file}::{item.originalname}" in QUICK):
             item.add_marker("quick")
     items.sort(key=lambda item: places.get(files[item], len(places)))
-
-
-def pytest_unconfigure():
-    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,9 @@ def middle(law: Law) -> tuple[float, float]:
 
 
 def better_measure(law: Law) -> tuple[str | None, str]:
-    """(whether "tokens" or "feedback" predicts held-out runs better, or None where the folds do not agree or there is one measure; why)."""
+    """(whether "tokens" or "feedback" predicts held-out runs better, or None where the folds do not agree or there is one measure; why).
+
+    Where a sweep has one feedback for each horizon this compares two spacings of the same few points, on folds that share their tasks."""
     best = {m: next((s for s in law.scores if s.form.measure == m and s.form.sizes), None) for m in ("tokens", "feedback")}
     tokens, feedback = best["tokens"], best["feedback"]
     if tokens is None or feedback is None or math.isnan(tokens.held_out):
@@ -75,10 +77,10 @@ def better_measure(law: Law) -> tuple[str | None, str]:
     if wins < len(ahead.by_fold):
         return (
             None,
-            f"Neither measure of the horizon predicts success better in every fold: {text}; {name} in {wins} of {len(ahead.by_fold)}.",
+            f"Neither measure fits success over these horizons better in every fold: {text}; {name} in {wins} of {len(ahead.by_fold)}.",
         )
     long = "Effective feedback" if name == "feedback" else "The horizon in tokens"
-    return name, f"{long} predicts success better, in all {wins} folds: {text}."
+    return name, f"{long} fits success over these horizons better, in all {wins} folds: {text}."
 
 
 def beyond_tasks(law: Law) -> str:

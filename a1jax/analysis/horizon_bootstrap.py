@@ -6,7 +6,9 @@ seeds, would count the chance of a single run twice, since each of the two alrea
 the estimate with the fit's curvature, is the third kind of draws: it knows that runs which all failed say little, where resampling them
 always finds the same.
 
-Seeds are drawn inside each grid point: cells that differ in nothing but the seed; the seed of one size is no kin to that of another. Where
+Seeds are drawn inside each grid point: cells that differ in nothing but the seed, as if the seed of one size were no kin to that of
+another. What a seed does to all of its cells alike (they share the runs trained on, those of a size their first parameters too) is
+therefore in no interval: three seeds could not tell it. Where
 grid points have one seed or two, their cells are also drawn from among all such cells, as points of a regression are: the luck of training
 is then what cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of
 steps, the same draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -31,19 +32,21 @@ def command(words: Sequence[str], good: Sequence[int] = (0,)) -> str:
 
 
 def run(given: str | pathlib.Path | None, experiment: str, into: str | pathlib.Path, changes: Sequence[str] = ()) -> pathlib.Path:
-    """The folder of a run: ``given``, or where that is None the one that `a1jax run EXPERIMENT --set CHANGES` leaves in ``into``.
+    """The folder of a run (of a sweep: or its file): ``given``, or where that is None the one that `a1jax run EXPERIMENT --set CHANGES`
+    leaves in ``into``.
 
     It is made or finished first where that is still to do, which takes as long as the run does. Raises ConfigError for a folder that is not
     there."""
     if given is not None:
         folder = pathlib.Path(given)
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder; give the folder of a run, or None to have a small one made")
+        if not folder.exists():
+            raise ConfigError(f"{folder}: not there; give the folder of a run, or None to have a small one made")
         return folder
     file, _, arg = str(experiment).partition(":")
     if not pathlib.Path(file).is_file():
         raise ConfigError(f"{file}: no such experiment from {pathlib.Path.cwd()}; start the notebook in notebooks/ of the checkout")
-    folder = pathlib.Path(into) / "-".join(filter(None, (pathlib.Path(file).stem, arg)))
+    changed = hashlib.sha256(repr(tuple(changes)).encode()).hexdigest()[:8] if changes else ""  # other changes are another run
+    folder = pathlib.Path(into) / "-".join(filter(None, (pathlib.Path(file).stem, arg, changed)))
     if provenance.read(folder).get("outcome") == "finished":
         return folder
     print(f"a1jax run {experiment} --workdir {folder}{' --set ' + ' '.join(changes) if changes else ''}")
@@ -63,7 +66,11 @@ def saved(path: pathlib.Path, words: Sequence[str], good: Sequence[int] = (0,)) 
         pass
     print("a1jax " + " ".join(words))
     began = time.perf_counter()
-    printed = json.loads(command(words, good))
+    text = command(words, good)
+    try:
+        printed = json.loads(text)
+    except ValueError:
+        raise ConfigError(f"a1jax {' '.join(words[:2])}: no report came out; the same command in a shell says why") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({"command": list(words), "printed": printed}))

@@ -86,7 +86,7 @@ def cell_rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _planned(sweep: Sweep) -> list[str]:
-    if sweep.folder is None:
+    if sweep.folder is None or sweep.folder.is_file():
         return [*(cell.name for cell in sweep.cells), *(cell.name for cell in sweep.failed), *sweep.missing]
     return json.loads((sweep.folder / PLAN).read_text())["cells"]
 

@@ -28,6 +28,7 @@ def cells(found: Sweep) -> Table:
 
 def figures(found: Sweep) -> Several:
     """What was measured, with the fitted law's lines where it could be fitted."""
+    _check(found)
     rows, fitted = horizon_plots.points(found), law_plots.fit(found)
     lines = {values: law_plots.isolines(law) for values, law in fitted.laws.items()}
     curves = {values: law_plots.curves(law, [row for row in rows if fitted.of(row) == values]) for values, law in fitted.laws.items()}
@@ -36,15 +37,22 @@ def figures(found: Sweep) -> Several:
 
 def findings(found: Sweep) -> Markup:
     """What the sweep says, in sentences: the law, which measure of the horizon predicts better, exchange rate, where it stops, costs."""
+    _check(found)
     fitted = law_plots.fit(found)
     return text("\n".join(horizon.summary(found) if fitted.laws else [f"No law: {line}" for line in fitted.refused]))
 
 
+def _check(found: Sweep) -> None:
+    if not found.cells or not horizon_plots.has_horizons(found.axes):
+        raise ConfigError(f"{found.name}: no finished cells over size and horizon in it; `a1jax report` shows every sweep")
+
+
 def exchange(found: Sweep) -> Several:
     """How many times the parameters a doubling of the horizon is worth: in the middle of the grid as a table, over the grid as a figure."""
+    _check(found)
     fitted, rows = law_plots.fit(found), []
     for values, law in fitted.laws.items():
-        part = horizon_plots.told(fitted.over, values) or "all cells"
+        part = horizon_plots.told(fitted.over, values) or found.name
         try:
             rate = horizon.exchange(law, *horizon.middle(law))
         except ConfigError as error:
@@ -53,7 +61,9 @@ def exchange(found: Sweep) -> Several:
         ends = (rate.value, rate.low, rate.high) if rate.bounded else (None, rate.low, None)
         rows.append((part, str(law.form), *ends, rate.warning or ("" if rate.bounded else horizon.without_size(rate))))
     columns = ("cells", "law in", "times the parameters", "low", "high", "note")
-    table = Table("Worth of one doubling of the horizon, in the grid's middle", columns, tuple(rows), "\n".join(fitted.refused))
+    table = Table(
+        f"{found.name}: worth of one doubling of the horizon, in the grid's middle", columns, tuple(rows), "\n".join(fitted.refused)
+    )
     figure = law_plots.exchange_rate(horizon_plots.points(found), fitted)
     return Several((table, *(drawn([figure]).parts if figure.panels else ())))
 

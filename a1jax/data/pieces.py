@@ -2,6 +2,7 @@
 
 A *consult* is a piece of a run with its question in front and everything between the two dropped, as an agent with a sliding context sees
 it. Pieces are examples of their own: packed into one row they do not see each other (segments), nor anything that was dropped.
+What a turn says from memory of a dropped one, such as the number of its step, cannot be known in a piece and is a target all the same.
 """
 
 from __future__ import annotations

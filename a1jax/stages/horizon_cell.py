@@ -1,8 +1,10 @@
 """One cell of the ablation of horizon against parameters: a model trained on pieces of at most H tokens, judged on tasks of all lengths.
 
-All cells of a seed see the same runs in the same order of lengths (the curriculum's phases): they differ in the model, in where the runs
-are cut, and in how many steps the budget buys. Budgets: "tokens", the same number of training tokens; "flops", the same number of training
-FLOPs, namely what the tokens cost the reference model at the reference horizon.
+All cells of a seed draw from the same runs in the same order of lengths (the curriculum's phases): they differ in the model, in where the
+runs are cut, and in how many steps the budget buys; how often they see each run follows from that. All are judged on whole runs, however
+short what they were trained on: the worth of a horizon has both in it, what is learnt and getting along at lengths never seen. Budgets:
+"tokens", the same number of training tokens; "flops", the same number of training FLOPs, namely what the tokens cost the reference model
+at the reference horizon.
 """
 
 from __future__ import annotations
@@ -108,6 +110,7 @@ def run(cell: HorizonCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict[
         "train": {
             "steps": stage.steps,
             "tokens": sum(tokens),
+            "supervised": sum(n * m.supervised for n, m in zip(tokens, materials, strict=True)),  # tokens that are targets
             "flops": sum(n * m.flops(cell.model) for n, m in zip(tokens, materials, strict=True)),
             **about_pieces(cut),
             "feedback": mean_feedback(cell, tokenizer),

@@ -79,12 +79,12 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
     mine = [cell for cell in asked[i::n] if not _file(workdir, cell).exists()]
     entry = provenance.collect([], None)
     facts = {"machine": _machine(entry), "commit": entry["commit"]}
-    began, spent, left = time.perf_counter(), 0.0, sum(cell.cost for cell in mine)
+    started, began, spent, left = time.time(), time.perf_counter(), 0.0, sum(cell.cost for cell in mine)
     print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(asked[i::n])} cells to run", flush=True)
     for number, cell in enumerate(mine, 1):
         since, left = time.perf_counter(), left - cell.cost
         with claim(workdir, cell) as free:
-            if not free:
+            if not free or _failed_since(workdir, cell, started):
                 continue
             outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
         spent, now = spent + cell.cost, time.perf_counter()
@@ -92,6 +92,12 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
         print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; about {rest / 60:.0f} min left", flush=True)
         interruption.point()
     return summary(planned, workdir)
+
+
+def _failed_since(workdir: pathlib.Path, cell: Planned, started: float) -> bool:
+    """Whether another process has tried it in the meantime: it is tried once a start."""
+    file = _file(workdir, cell).with_name("failed.json")
+    return file.exists() and file.stat().st_mtime > started
 
 
 @contextlib.contextmanager

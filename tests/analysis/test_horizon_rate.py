@@ -59,7 +59,9 @@ def test_where_size_does_not_help_the_rate_is_unbounded_and_says_so():
     assert got.of_size[1] <= 0 and "cannot be told from none" in got.sentence and "no factor of parameters is sure" in got.sentence
     worse = horizon.exchange(horizon.analyse(cells(Law(active=-0.8), seed=1), draws=200), 32_768, 64)
     assert not worse.bounded and worse.value == worse.low == worse.high == math.inf
-    assert "larger models do worse" in worse.sentence and "no factor of parameters is worth" in worse.sentence and "inf" not in worse.sentence
+    assert (
+        "larger models do worse" in worse.sentence and "no factor of parameters is worth" in worse.sentence and "inf" not in worse.sentence
+    )
 
 
 def test_where_nothing_helps_there_is_no_rate():

@@ -30,19 +30,21 @@ def test_a_run_that_is_there_is_not_made_again(tmp_path, monkeypatch):
     file.write_text("")
     monkeypatch.setattr(made, "command", lambda words: calls.append(words))
     folder = made.run(None, f"{file}:smoke", tmp_path / "runs", ("seed=1",))
-    assert folder == tmp_path / "runs" / "small-smoke"
+    assert folder.parent == tmp_path / "runs" and folder.name.startswith("small-smoke-")
     assert calls == [["run", f"{file}:smoke", "--workdir", str(folder), "--set", "seed=1"]]
     folder.mkdir(parents=True)
     (folder / provenance.FILE).write_text(json.dumps({"outcome": "interrupted"}))
     made.run(None, f"{file}:smoke", tmp_path / "runs", ("seed=1",))
     assert len(calls) == 2  # goes on
     (folder / provenance.FILE).write_text(json.dumps({"outcome": "finished"}))
+    assert made.run(None, f"{file}:smoke", tmp_path / "runs", ("seed=2",)) != folder and len(calls) == 3  # another run
+    calls.pop()
     assert made.run(None, f"{file}:smoke", tmp_path / "runs", ("seed=1",)) == folder and len(calls) == 2
     assert made.run(folder, "not/looked/at.py", tmp_path) == folder
 
 
 def test_folders_and_experiments_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such folder; give the folder of a run, or None"):
+    with pytest.raises(ConfigError, match="not there; give the folder of a run, or None"):
         made.run(tmp_path / "no", "x.py", tmp_path)
     with pytest.raises(ConfigError, match="no such experiment from"):
         made.run(None, str(tmp_path / "no.py:smoke"), tmp_path)

@@ -99,6 +99,19 @@ def test_a_failure_is_written_down_and_tried_again(tmp_path, capsys):
     assert "failed: cell-a-1: ArithmeticError" in capsys.readouterr().out
 
 
+def test_a_cell_that_failed_elsewhere_in_the_meantime_is_not_tried_again_by_this_start(tmp_path, monkeypatch):
+    cfg, runs = sweep_of(kinds=((2, "fails"),)), sweep.run_cell
+
+    def with_another_start(cell, *rest):
+        if cell.name == "cell-b-0":  # while this one is at its first cell, another start comes to the one that fails
+            sweep.run(override(cfg, ['only=("cell-b-2",)']), tmp_path)
+        return runs(cell, *rest)
+
+    monkeypatch.setattr(sweep, "run_cell", with_another_start)
+    sweep.run(cfg, tmp_path)
+    assert read(tmp_path, "cell-b-2", "count") == 1
+
+
 def test_a_stop_is_no_failure_and_the_cell_goes_on(tmp_path):
     cfg = sweep_of(kinds=((3, "stopped"),))
     with pytest.raises(interruption.Interrupted):
