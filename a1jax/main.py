@@ -203,7 +203,7 @@ def compile_programs(args: argparse.Namespace) -> int:
     config.check(cfg)
     if not isinstance(cfg, Experiment):
         raise config.ConfigError(f"{args.file}: a {type(cfg).__name__}; compile needs an Experiment of three stages")
-    stages = (args.stage,) if args.stage else STAGES
+    stages = (args.stage,) if args.stage else STAGES[:-1]
     if args.sweep is not None:
         found = compile_sweep.sweep(cfg, args.topology, stages, args.sweep)
         print(json.dumps(found) if args.json else compile_text.table(found["sweep"]))
@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     each.add_argument("file", metavar="FILE[:arg]", help="an experiment of three stages")
     each.add_argument("--topology", metavar="NAME", required=True, help="chip and shape, e.g. v5p:4x4x8 (128 chips), v6e:16x16")
-    each.add_argument("--stage", choices=("sft", "teacher", "distill", "rollout"), help="default: all of them")
+    each.add_argument("--stage", choices=("sft", "teacher", "distill", "rollout", "control"), help="default: all but control")
     each.add_argument("--set", metavar="path=value", nargs="+", action="extend", default=[], help="change a value of the experiment")
     each.add_argument("--json", action="store_true", help="one JSON object")
     each.add_argument(

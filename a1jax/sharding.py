@@ -45,7 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "tap": (),
     "single": (),
     # Experts are cut by expert only, so that a device owns whole experts and nobody ever gathers expert weights. Every axis that cuts
-    # tokens but data cuts them, as with "embed": tokens travel to their experts, see models.exchange.
+    # tokens but data and slice cuts them, as with "embed": tokens travel to their experts, see models.exchange.
     "experts": ("expert", "fsdp", "context", "tensor"),
     "expert_in": (),
     "expert_out": (),

@@ -42,7 +42,7 @@ row, 2.61 times as many; 29.45e9 in rows packed with runs of 45,000, 1.52 times 
         outputs                                          6.516 GB
         of which aliased                                 6.516 GB
         code                                             382.3 MB
-        beside: the parameters it began with             2.171 GB
+        beside: the base model                           2.171 GB
         peak                                             15.26 GB
         HBM                                              102.8 GB
       10^9 FLOPs per token by formula 19.39: forward 6.464, backward 12.93; besides, computed again 7.036

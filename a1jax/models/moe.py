@@ -106,8 +106,8 @@ def experts_gathered(
     """experts_local over the mesh: x [B, T, D] and weights [B, T, E] cut over the data axes and context, experts over RULES["experts"].
 
     Tokens and their weights are gathered over the axes that cut both tokens and experts, and outputs summed and scattered back over
-    them; an axis that cuts experts only (tensor) sums; one that cuts tokens only (data, context) has copies of the experts and adds up
-    their gradients. Expert weights never move.
+    them; an axis that cuts experts only (tensor) sums; one that cuts tokens only (data) has copies of the experts and adds up their
+    gradients. Expert weights never move.
     """
     if cfg.moe == "grouped":
         raise ConfigError("moe 'grouped' is for one GPU without a mesh: set model.moe = 'ragged'")
@@ -179,7 +179,8 @@ def apply(
     routes: Int[Array, "B T A"] | None = None,
     record: bool = False,
 ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
-    """x [B, T, D], valid bool [B, T] (False: padding, not counted) -> (out [B, T, D], router statistics of router_statistics).
+    """x [B, T, D], valid bool [B, T] (False: padding, not counted; no expert but the shared one sees it) -> (out [B, T, D], router
+    statistics of router_statistics).
 
     routes: the experts to use, see route. record: also "routes" int16 [B, T, A], the experts used, -1 where not valid.
     """
@@ -193,6 +194,8 @@ def apply(
         if record:
             aux["routes"] = routes_of(weights, valid, cfg.num_experts_active)
     with jax.named_scope("experts"):
+        # Padding is one token over and over: its pairs would all go to the same experts, and all devices wait for the fullest of them.
+        weights = jnp.where(valid[..., None], weights, 0.0)
         sharded = experts_exchanged if cfg.moe == "ragged" else experts_gathered
         out = (sharded if is_sharded() else experts_local)(x, weights, p["experts"]["gate_up_proj"], p["experts"]["down_proj"], cfg)
     with jax.named_scope("shared_expert"):

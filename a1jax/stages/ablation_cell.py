@@ -7,6 +7,7 @@ seed, and where two ablations ask for the same model (each contains the unchange
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -65,7 +66,10 @@ def run(cell: AblationCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict
     with shared_stages.alone(where):
         tasks = [record for name, domains in judged_on(cfg, cell.judged).items() for record in judge(cfg, made, name, domains, where)]
     total, active = transformer.parameter_counts(cfg.model)
-    lines = {stage: [line for line in metrics.read(folder) if line["stage"] == stage] for stage, folder in made.stages.items()}
+    lines = {}
+    for stage, folder in made.stages.items():
+        phases = _facts(made, stage).get("phases", [stage])  # of a recipe: each logs under its own name
+        lines[stage] = [line for line in metrics.read(folder) if line["stage"] in phases]
     each = {stage: _trained(cfg, stage, lines[stage], made) for stage in made.stages}
     won = {d: [task["success"] for task in tasks if task["domain"] == d] for d in cfg.domains}
     rates = ", ".join(f"{d} {100 * sum(x) / max(1, len(x)):.1f} %" for d, x in won.items())
@@ -88,7 +92,8 @@ def judged_on(cfg: Experiment, judged: Judged) -> dict[str, tuple[str, ...]]:
 
 def judge(cfg: Experiment, made: Trained, model: str, domains: Iterable[str], where: pathlib.Path) -> list[dict[str, Any]]:
     """One record per held-out task; read back where the model was judged before. The runs are kept beside, as of every evaluation."""
-    path = where / f"evaluations/{model}.json"
+    asked = repr((cfg.evaluation, cfg.limits, cfg.distill.teacher_max_length, domains))  # the folder does not depend on these
+    path = where / f"evaluations/{model}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
     with made.setting.on_mesh():
         actor = pipeline.actor(cfg, made.setting, made.models, made.given, model)
         evaluate.run(cfg.evaluation, *actor, {d: cfg.family(d) for d in domains}, model, path)
@@ -106,15 +111,20 @@ def judge(cfg: Experiment, made: Trained, model: str, domains: Iterable[str], wh
 
 
 def _trained(cfg: Experiment, stage: str, lines: list[dict[str, Any]], made: Trained) -> dict[str, float]:
-    """Steps, tokens, FLOPs and seconds of one stage. Tokens: of its steps by the mean of those that were logged."""
-    facts = dataclasses.replace(made.setting, workdir=made.stages[stage]).facts(stage)
-    tokens = facts["steps"] * sum(line["tokens"] for line in lines) / max(1, len(lines))
+    """Steps, tokens, FLOPs and seconds of one stage. Tokens: of its steps by the mean of those that were logged. FLOPs are those of its
+    training; of a teacher's reinforcement the sampling and the reference are not in them."""
+    facts, told = _facts(made, stage), [line["tokens"] for line in lines if "tokens" in line]
+    tokens = facts["steps"] * sum(told) / max(1, len(told))
     length = cfg.limits.max_length // 2  # of attention's cost: about the mean run
     cost = flops.training(cfg.model, length).model
     if stage == "distill":  # and scored by each teacher that has a weight, and sampled
         scorers = sum(share > 0 for share in mixtures.weights(cfg.distill.own_weight, 0, len(cfg.domains)))
         cost += (scorers + 1) * flops.forward(cfg.model, length).model
     return {"steps": facts["steps"], "tokens": round(tokens), "flops": tokens * cost, "seconds": facts["seconds"]}
+
+
+def _facts(made: Trained, stage: str) -> dict[str, Any]:
+    return dataclasses.replace(made.setting, workdir=made.stages[stage]).facts(stage)
 
 
 def curves(lines: list[dict[str, Any]], most: int = 100) -> dict[str, list[list[float]]]:

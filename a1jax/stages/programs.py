@@ -25,10 +25,10 @@ from ..models import decode, flops, transformer
 from ..models.config import ModelConfig
 from ..rollout import sampler
 from ..rollout.agent import Limits
-from . import distill, folders, grpo, mixtures, scoring, sft, teacher
+from . import distill, folders, grpo, mixtures, pipeline, scoring, sft, teacher
 from .pipeline import Experiment
 
-STAGES = ("sft", "teacher", "distill", "rollout")
+STAGES = ("sft", "teacher", "distill", "rollout", "control")  # the last is the first again, with more beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def of_stage(cfg: Experiment, stage: str, place: Place) -> list[Program]:
         raise ConfigError(f"stage '{stage}' is unknown: choose {', '.join(STAGES)}")
     with place.on():
         found: dict[Any, Program] = {}
-        for program in {"sft": _sft, "teacher": _teacher, "distill": _distill, "rollout": _rollout}[stage](cfg, place):
+        for program in {"sft": _sft, "teacher": _teacher, "distill": _distill, "rollout": _rollout, "control": _control}[stage](cfg, place):
             leaves = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(program.args))
             other = found.setdefault((program.fn, leaves), program)
             if held_bytes(program.beside) > held_bytes(other.beside):
@@ -136,6 +136,12 @@ def _supervised(cfg: sft.SftConfig, model: ModelConfig, domains: int, place: Pla
 
 def _sft(cfg: Experiment, place: Place) -> Iterator[Program]:
     yield _supervised(cfg.sft, cfg.model, len(cfg.domains), place, kept(cfg, place), "sft", "train_step", "sft")
+
+
+def _control(cfg: Experiment, place: Place) -> Iterator[Program]:
+    """Stage 1 continued, at the end of a run: every other model is kept."""
+    beside, control = kept(cfg, place, "teachers") | {"the student": place.params(cfg.model)}, pipeline.control_config(cfg)
+    yield _supervised(control, cfg.model, len(cfg.domains), place, beside, "control", "train_step", "control")
 
 
 def _teacher(cfg: Experiment, place: Place) -> Iterator[Program]:

@@ -43,13 +43,15 @@ class Trained:
 
 
 def folder_of(cfg: Experiment, judged: Judged, root: pathlib.Path) -> pathlib.Path:
-    """Where a model is trained: the same for all experiments that say the same of it."""
+    """Where a model is trained: the same for all experiments that say the same of it, the mesh included. Of files (tokenizer, initial
+    parameters, checkpoints) their paths count, not what lies there."""
     parts: dict[str, Any] = {
         name: getattr(cfg, name) for name in ("model", "tokenizer", "domains", "runs", "sft", "mesh", "seed", "initial")
     }
     parts |= {"families": [cfg.family(d) for d in cfg.domains], "every": cfg.every_family(), "tools": cfg.limits.show_tools}
     if judged in ("teachers", "student"):
         parts |= {"teachers": cfg.teachers, "checkpoints": cfg.checkpoints, "admission": cfg.admission, "limits": cfg.limits}
+        parts |= {"length": cfg.distill.teacher_max_length}  # how long a checkpoint's runs may be when it is admitted
     if judged == "student":
         parts["distill"] = cfg.distill
     if judged == "sft_continued":

@@ -26,6 +26,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from .. import interruption, provenance
 from ..config import Binding, ConfigError
 
@@ -70,6 +72,8 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
 
     Whatever a cell raises is written down and the next one begins, but for a request to stop. Raises ConfigError for cells that share a
     name, or for a folder that holds other cells."""
+    if jax.process_count() > 1:
+        raise ConfigError("a sweep's cells run in one process each: start it without --coordinator, several times, or as shards")
     workdir, planned = pathlib.Path(workdir), list(cfg.cells())
     write_plan(cfg.name, planned, workdir)
     i, n = shard_of(cfg.shard)
@@ -118,6 +122,7 @@ def claim(workdir: pathlib.Path, cell: Planned) -> Iterator[bool]:
 def run_cell(cell: Planned, workdir: pathlib.Path, facts: dict[str, Any], keep_stages: bool = False) -> str:
     """Runs one cell and writes its cell.json, or failed.json; one line on how it went."""
     folder = workdir / "cells" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
     head = {"name": cell.name, "axes": cell.axes}
     try:
         found = cell.run(cell.config, cell.axes, folder)

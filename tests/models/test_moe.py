@@ -175,3 +175,13 @@ def test_balanced_routing_has_a_loss_of_the_active_experts():
     logits = jnp.concatenate([logits + jnp.roll(logits, 1, axis=1)])
     statistics = statistics_of(logits[None], moe.route(logits, 2)[None], jnp.ones((1, 4), bool))
     assert statistics["load_balance"] == pytest.approx(2, rel=1e-4)
+
+
+def test_padding_reaches_no_expert(small, layer):
+    """Its output is the shared expert's alone, as if experts wrote nothing; a sharded layer therefore has no pair of it to send."""
+    x, valid = x_of("random"), jnp.arange(T)[None] < jnp.arange(B)[:, None]
+    out = jit(moe.apply, static_argnums=3)(layer, x, valid, small)[0]
+    silent = {**layer, "experts": {**layer["experts"], "down_proj": jnp.zeros_like(layer["experts"]["down_proj"])}}
+    alone = jit(moe.apply, static_argnums=3)(silent, x, valid, small)[0]
+    np.testing.assert_allclose(out[~valid], alone[~valid], atol=1e-6)
+    assert np.abs(out - alone)[np.asarray(valid)].max(axis=-1).min() > 1e-4

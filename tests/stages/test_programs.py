@@ -25,6 +25,7 @@ def test_what_a_run_keeps_beside_a_program_is_counted(small_experiment):
     base, sft = {"the base model": 1}, {"the base model": 1, "the stage-1 model": 1}
     teachers = {"the teacher of search": 1, "the teacher of tool_calling": 1}
     assert beside("sft") == {"train_step": base}
+    assert beside("control") == {"train_step": sft | teachers | {"the student": 1}}
     found = beside("teacher")  # equal programs: told of the last domain, which has most beside it
     assert list(found.values()) == [sft | {"the teacher of search": 1}]
     found = beside("distill")
