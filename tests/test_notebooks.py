@@ -29,7 +29,6 @@ LOGIC = (
     ast.comprehension,
 )
 SMALLER = {  # set after a notebook's parameters
-    "02_horizon_vs_params": 'CHANGES = (*CHANGES, "cells.base.tokens=3000")',
     "04_moe_routing": 'CHANGES, EACH = ("sft.steps=4", "sft.rows=2", "sft.max_length=256"), 4',
     "05_pod_planning": 'STAGE, SHAPES = "rollout", SHAPES[1:]',
 }
