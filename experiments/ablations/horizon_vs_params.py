@@ -10,11 +10,12 @@ for two budgets (equal training tokens, equal training FLOPs) and two arms: long
 curriculum, optimizer and held-out tasks; see a1jax/stages/horizon_cell.py. A step of search costs 24 tokens, a run of n steps 28 + 24 n.
 Every run numbers its steps from anywhere in 1 .. 48 on 64 pages: no token is unknown to a cell that sees short runs only. 195 cells.
 
-Measured so far: 107 of the 195 cells, beside this file as horizon_vs_params.jsonl.gz (``a1jax.analysis.sweep.load``); commit b7f7ee9, seed 0
-whole, 42 cells of seed 1, none of seed 2. 101 of them on one machine with an H100 and 16 cores (jax 0.11.2, float32 products in full):
-470 s with 4 processes on the GPU, 11 on the cores and another job, then 325 s with 13 on the GPU and 2 on the cores; 6 on 2 CPU cores
-(jax 0.10.2). A process on the GPU trained 59,000 to 69,000 tokens/s where four shared it and 25,000 to 41,000 where thirteen did, one on
-a core of that machine 7,000 to 9,000 (nano_48 and nano_32, 15 at once): the whole grid, 359M tokens, is about 15 minutes of that GPU.
+Measured so far: 107 of the 195 cells, beside this file as horizon_vs_params.jsonl.gz (``a1jax.analysis.sweep.load``); commit b7f7ee9,
+seed 0 whole, 42 cells of seed 1, none of seed 2. 101 of them on one machine with an H100 and 16 cores (jax 0.11.2, float32 products in
+full): 470 s with 4 processes on the GPU, 11 on the cores and another job, then 325 s with 13 on the GPU and 2 on the cores; 6 on 2 CPU
+cores (jax 0.10.2). A process on the GPU trained 59,000 to 69,000 tokens/s where four shared it and 25,000 to 41,000 where thirteen did,
+one on a core of that machine 7,000 to 9,000 (nano_48 and nano_32, 15 at once): the whole grid, 359M tokens, is about 15 minutes of that
+GPU.
 :gpu (325 cells, some 2 billion tokens) would be eight or nine pieces of ten minutes there, reckoned by these rates, not run.
 Success in percent, all lengths pooled (n = 184 a seed), H = 34, 80, 190, 440, 1024 (solvable: 80, 190, 440):
 
@@ -27,11 +28,11 @@ Success in percent, all lengths pooled (n = 184 a seed), H = 34, 80, 190, 440, 1
 
 One doubling of H in the grid's middle (87K active parameters, 181 tokens): worth 2.48 times the parameters at equal tokens (95 %: 1.65 to
 17.2); 3.83 in the solvable arm (1.52 to more than 1,000); at equal FLOPs size lowers success, so no factor is worth it.
-How to read it: consults of 34 and 80 tokens train on targets that cannot be known, as the number of a step stands in the dropped turn (84 %
-and 38 % of their pieces do not begin their run, 80 % and 19 % lack the question too; 9 % at 190, 2 % at 440): the arm "solvable" has no
-such targets. Evaluation shows whole runs to all. Equal tokens are not equal targets: of 1.2M, 548K are targets at H = 34, 506K at 80, 579K
-at 190, 614K at 440, 624K at 1,024. Under equal FLOPs nano_16 trains on 6M tokens, nano_128 on 0.2M, less than one pass over the long runs. One
-learning rate, chosen at nano_48 on tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
+How to read it: consults of 34 and 80 tokens train on targets that cannot be known, as the number of a step stands in the dropped turn (84
+% and 38 % of their pieces do not begin their run, 80 % and 19 % lack the question too; 9 % at 190, 2 % at 440): the arm "solvable" has no
+such targets. Evaluation shows whole runs to all. Equal tokens are not equal targets: of 1.2M, 548K are targets at H = 34, 506K at 80,
+579K at 190, 614K at 440, 624K at 1,024. Under equal FLOPs nano_16 trains on 6M tokens, nano_128 on 0.2M, less than one pass over the long
+runs. One learning rate, chosen at nano_48 on tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
 
 Seconds of one core for the 1.2M tokens of a cell, by the time of 8 to 20 steps on a busy machine (Intel(R) Xeon(R) Processor, jax 0.10.2):
 nano_16 17 at 190 tokens and 33 at 1,024, nano_128 210 at 1,024; 15 more for every program that is compiled, about 10 for judging. By these
