@@ -17,24 +17,29 @@ Six frozen teachers stay on the chips, none is swapped: they are cut over all ch
 float32 each on v5p-256, 6.5 GB together of 102.8; swapping would move those bytes from disk or host at every step to save memory that
 nothing else needs. They score in turn, by one program whose argument is the teacher, and are not stacked: a stack would be a second copy.
 
-Compiled to the end at full depth by libtpu 0.0.52, no chip here. GB = 10^9 bytes per chip; beside: models that the run keeps in HBM besides,
-counted for every row as of commit COMMITB.
+Compiled to the end at full depth by libtpu 0.0.52, no chip here. GB = 10^9 bytes per chip, of 102.79 on v5p and 33.55 on v6e; beside: the
+models that a run keeps in HBM besides, counted as of commit 1355cd6. The meshes: A fsdp 64, B fsdp 16 x context 4, C fsdp 16 x context 8,
+D fsdp 16 x context 16.
 
-    program                topology   mesh                tokens        arguments  temporaries  beside   peak     HBM   10^9 FLOPs/token  CPU s   commit
-    sft                    v5p:4x4x4  fsdp 64             64 x 4,096         6.52         6.19    2.17  15.26  102.79              19.39    461  7d26e11
-    sft                    v5p:4x4x4  fsdp 16 context 4   16 x 131,072       6.52        23.82    2.17  33.02  102.79              50.60    514  83cab01
-    sft                    v5p:4x4x8  fsdp 16 context 8   16 x 131,072       3.27        12.01    1.09  16.86  102.79              50.60    359  f1ef54e
-    distill, scoring       v5p:4x4x8  fsdp 16 context 8   16 x 131,072       1.09         4.37   10.88  16.51  102.79              16.87    556  aca48e4
-    distill, step          v5p:4x4x8  fsdp 16 context 8   96 x 131,072       3.37        15.05    8.70  27.63  102.79              47.65   both  aca48e4
-    rollout, a token       v5p:4x4x8  fsdp 16 context 8   256 slots          7.49         2.08   10.88  20.73  102.79              27.46    976  f1ef54e
-    rollout, known tokens  v5p:4x4x8  fsdp 16 context 8   65,536             7.49         4.42   10.88  23.68  102.79              27.46    all  f1ef54e
-FROWS
+    program                topology     mesh  tokens        arguments  temporaries  beside   peak  10^9 FLOPs/token  CPU s   commit
+    sft                    v5p:4x4x4    A     64 x 4,096         6.52         6.19    2.17  15.26             19.39    461  7d26e11
+    sft                    v5p:4x4x4    B     16 x 131,072       6.52        23.82    2.17  33.02             50.60    514  83cab01
+    sft, teacher's sft     v5p:4x4x8    C     16 x 131,072       3.27        12.01    1.09  16.86             50.60    359  f1ef54e
+    grpo                   v5p:4x4x8    C     16 x 131,072       3.27        13.43    8.70  25.89             50.60    942  f1ef54e
+    grpo, reference        v5p:4x4x8    C     16 x 131,072       1.09         4.50   10.88  16.63             16.87   both  f1ef54e
+    rollout, a token       v5p:4x4x8    C     256 slots          7.49         2.08   10.88  20.73             27.46    976  f1ef54e
+    rollout, known tokens  v5p:4x4x8    C     65,536             7.49         4.42   10.88  23.68             27.46    all  f1ef54e
+    distill, scoring       v5p:4x4x8    C     16 x 131,072       1.09         4.37   10.88  16.51             16.87    556  aca48e4
+    distill, step          v5p:4x4x8    C     96 x 131,072       3.37        15.05    8.70  27.63             47.65   both  aca48e4
+    sft                    v6e:16x16    D     16 x 131,072       1.64         6.11    0.55   8.77             50.60    635  f1ef54e
+
 All fit. MaxText 0.2.5 takes 18.99 and 77.70 GB of temporaries for the tokens of the first two on the same chips
-(../shared/design/platform.md): here a third of that and less. The 256 slots are 32 questions x 8 rollouts, with room for 131,072 tokens each.
-Sent per chip and step, in GB: the first 30.9 by all-reduce (weights and gradients) and 13.3 by all-to-all (pairs, a
-round); the second 30.9, 13.2, and 16.1 by collective-permute and 9.2 by other collectives over context (keys, values, queries, states).
-The time to compile hardly grows with depth, because the layers are a scan over blocks of 4: 8 layers take 364 s of CPU, 40 take 461. Nearly
-all of it is generating code, which begins a minute after the start, when memory is assigned. On a busy machine the wait was 23 minutes.
+(../shared/design/platform.md): here a third of that and less. The 256 slots are 32 questions x 8 rollouts, with room for 131,072 tokens
+each; a teacher's sft has up to 7.61 beside it. Sent per chip and step, in GB: the first 30.9 by all-reduce (weights and gradients) and
+13.3 by all-to-all (pairs, a round); the second 30.9, 13.2, and 16.1 by collective-permute and 9.2 by other collectives over context
+(keys, values, queries, states). The time to compile hardly grows with depth, because the layers are a scan over blocks of 4: 8 layers
+take 364 s of CPU, 40 take 461. Nearly all of it is generating code, which begins a minute after the start, when memory is assigned. On a
+busy machine the wait was 23 minutes.
 
 FLOPs per token grow with the length by full attention alone, in 10 of 40 layers: 19.39e9 at 4,096; 50.60e9 at 131,072 with one run in a
 row, 2.61 times as many; 29.45e9 in rows packed with runs of 45,000, 1.52 times as many.
