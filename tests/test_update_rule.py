@@ -14,7 +14,7 @@ from a1jax.config import ConfigError, bind
 
 SPECS = {
     "w": params.ParamSpec((8, 16), ("embed", "heads"), params.normal(0.1), "bfloat16"),
-    "experts": params.ParamSpec((4, 6, 8), ("experts", "expert_in", "expert_out"), params.normal(0.1), "bfloat16"),
+    "experts": params.ParamSpec((8, 6, 8), ("experts", "expert_in", "expert_out"), params.normal(0.1), "bfloat16"),
     "A_log": params.ParamSpec((16,), ("norm",), params.constant(1.0)),  # a parameter that stays float32
 }
 KEY = jax.random.key(7)

@@ -34,6 +34,10 @@ CFG = DistillConfig(
 
 @pytest.fixture()
 def models(setting):
+    return student_and_teachers(setting)
+
+
+def student_and_teachers(setting):
     """The student and two teachers that differ from it and from each other."""
     student = setting.init_params()
     noisy = [jax.tree.map(lambda p, i=i: p + 0.1 * jax.random.normal(jax.random.key(i), p.shape), student) for i in (1, 2)]
@@ -134,9 +138,10 @@ def test_loss_is_the_papers_formula_in_float64(setting, models):
     assert 0.0 < distill.finish(out)["distill/coverage"] < 1.0
 
 
-def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting, models):
+def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting):
     """Rows cut over fsdp and their length over context: tokens are scored shard after shard and must come back to their places."""
-    student, teachers = models
+    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model, num_experts=8))  # one a device
+    student, teachers = student_and_teachers(setting)
     mesh, batch = (
         sharding.make_mesh({"fsdp": 2, "context": 4}),
         distill.pack_domain([rollout(n=45 + 9 * i) for i in range(4)], 0, 4, 80).batch,

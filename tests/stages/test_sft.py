@@ -98,6 +98,7 @@ def test_settings_that_make_no_sense_are_refused(changes):
 
 def test_under_a_mesh_the_stage_is_the_one_of_one_device(setting, data):
     cfg = dataclasses.replace(CFG, steps=3, save_every=2, optimizer=bind(optim.adamw, learning_rate=1e-3))
+    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model, num_experts=4))  # one a device
     plain = train_on(cfg, data, setting, "plain")
     meshed = dataclasses.replace(setting, mesh=make_mesh(MeshConfig({"context": 2, "expert": 2})))
     spread = train_on(cfg, data, meshed, "meshed")

@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> Experiment:
     return Experiment(
         name="three_stages",
         main=bind(pipeline.run),
-        model=models.tiny(vocab_size=640, d_model=16, num_experts=4, **layers, **width),
+        model=models.tiny(vocab_size=640, d_model=16, num_experts=8, **layers, **width),
         tokenizer=TokenizerConfig(vocab_size=640),
         domains=domains,
         families={d: QUICKSTART[d] for d in domains},
