@@ -147,7 +147,7 @@ def test_a_domain_that_was_not_asked_is_refused(law):
 def test_feedback_can_be_the_measure():
     by = horizon.analyse(cells(Law(by="feedback"), Grid(of_each=20), 1), measure="best", draws=100)
     assert by.form.measure == "feedback" and horizon.better_measure(by)[0] == "feedback"
-    assert "Effective feedback predicts success better, in all 3 folds" in horizon.better_measure(by)[1]
+    assert "Effective feedback fits success over these horizons better, in all 3 folds" in horizon.better_measure(by)[1]
     rate = horizon.exchange(by, *horizon.middle(by))
     assert rate.value > 1 and "effective feedback" in rate.sentence and rate.inside
     tokens = horizon.analyse(cells(Law(), Grid(of_each=20), 1), draws=50)
