@@ -44,6 +44,19 @@ def data(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def runs(tokenizer):
+    """Experts' runs as rollouts, two a domain."""
+    found = []
+    for domain in QUICKSTART:
+        for seed in (1, 2):
+            run = solve(QUICKSTART[domain].propose(seed, 1))
+            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
+            end = int(np.flatnonzero(mask)[-1]) + 1
+            found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
+    return found
+
+
+@pytest.fixture(scope="session")
 def foreign_runs(tokenizer):
     """Experts' runs as rollouts, three of each domain, of which one is written in another way than the tokenizer's own and cut inside its
     last turn."""

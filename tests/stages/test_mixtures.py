@@ -9,28 +9,12 @@ import pytest
 
 from a1jax import params, sharding
 from a1jax.config import ConfigError
-from a1jax.data import chat
-from a1jax.domains import QUICKSTART, solve
 from a1jax.models import transformer
 from a1jax.rollout.agent import Limits
 from a1jax.stages import distill, mixtures, pipeline, scoring
 from a1jax.stages.distill import DistillConfig
-from a1jax.types import FINISHED, Rollout
 
 CFG = DistillConfig(prompts=2, lengths=(1,), rows=2, max_length=96, k=6, limits=Limits(max_length=96), vocab_block=256)
-
-
-@pytest.fixture(scope="module")
-def runs(tokenizer):
-    """Experts' runs, two a domain."""
-    found = []
-    for domain in QUICKSTART:
-        for seed in (1, 2):
-            run = solve(QUICKSTART[domain].propose(seed, 1))
-            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
-    return found
 
 
 @pytest.fixture()

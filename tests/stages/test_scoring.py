@@ -13,15 +13,13 @@ import pytest
 from a1jax import checkpoint, optim, sharding, train
 from a1jax.align import byte_table
 from a1jax.config import ConfigError, bind
-from a1jax.data import chat
 from a1jax.data.errors import DataError
 from a1jax.data.tokenizer import train_sentencepiece
-from a1jax.domains import QUICKSTART, solve
+from a1jax.domains import QUICKSTART
 from a1jax.models import transformer
 from a1jax.rollout.agent import Limits
 from a1jax.stages import cross_tokenizer, distill, experts, folders, scoring, views
 from a1jax.stages.distill import DistillConfig
-from a1jax.types import FINISHED, Rollout
 
 LIMITS = Limits(slots=4, max_turns=3, max_turn_tokens=8, max_length=96, temperature=1.0)
 CFG = DistillConfig(
@@ -56,19 +54,6 @@ def setting(setting):
 @pytest.fixture(scope="module")
 def order(tokenizer):
     return np.random.default_rng(0).permutation(tokenizer.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def runs(tokenizer):
-    """Experts' runs as rollouts, two a domain."""
-    found = []
-    for domain in QUICKSTART:
-        for seed in (1, 2):
-            run = solve(QUICKSTART[domain].propose(seed, 1))
-            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
-    return found
 
 
 @pytest.fixture()
