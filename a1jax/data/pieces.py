@@ -1,13 +1,15 @@
 """Cutting long runs to a horizon: what a model trains on that never sees more than so many tokens of one run.
 
 A *consult* is a piece of a run with its question in front and everything between the two dropped, as an agent with a sliding context sees
-it. Pieces are examples of their own: packed into one row they do not see each other (segments), nor anything that was dropped.
-What a turn says from memory of a dropped one, such as the number of its step, cannot be known in a piece and is a target all the same.
+it. The turn before it stands in front of a piece, to be read only, where there is room: what an agent says from memory of its last turn,
+such as the number of its step, can then be known. Where there is none it cannot, and is a target all the same.
+Pieces are examples of their own: packed into one row they do not see each other (segments), nor anything that was dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,9 +22,9 @@ Arm = Literal["consults", "solvable"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of one run. places: int32 [T], where in the run each token stood. turns: model turns that end in it. question: it has the
-    run's question in front. observations: numbers (from 0, in the run) of those that it has, whole or in part; demanded: how many the
-    whole run has."""
+    """A part of one run. places: int32 [T], where in the run each token stood. turns: model turns that it has as targets and end in it.
+    question: it has the run's question in front. observations: numbers (from 0, in the run) of those that it has, whole or in part;
+    demanded: how many the whole run has."""
 
     example: Example
     places: np.ndarray
@@ -40,11 +42,12 @@ def cut(run: Example, horizon: int, arm: Arm = "consults") -> list[Piece]:
 
     A run that fits is one piece, whole. Of a longer one "solvable" gives nothing, and "consults" the following. The run is seen as its
     question (all before the model's first token) and steps: a turn of the model with what came before it, the observation. A piece is the
-    question and as many steps in a row as fit; the next piece begins at the next step. What is dropped from it: all steps before it.
-    Where not even one step fits behind the question, the piece is steps alone. A step that does not fit alone loses the beginning of its
+    question, the turn before (for context: mask 0) and as many steps in a row as fit; the next piece begins at the next step. What is
+    dropped from it: all before that turn, which itself is left out where no step fits beside it. Where not even one step fits behind the
+    question, the piece is steps alone, behind the turn before them if that fits. A step that does not fit alone loses the beginning of its
     observation (the first one that of the question); a turn that does not fit alone is cut into windows, each with the token before it
-    for context. Every token that the model wrote is the target of exactly one piece; the dropped turns leave no trace but the prompt's
-    end, after which the observation follows.
+    for context. Every token that the model wrote is the target of exactly one piece; a dropped turn leaves no trace but the prompt's end,
+    after which the observation follows.
     Raises DataError for a horizon below 2 tokens.
     """
     if horizon < 2:
@@ -59,16 +62,20 @@ def cut(run: Example, horizon: int, arm: Arm = "consults") -> list[Piece]:
     ends = [*ends[:-1], len(run)]  # what follows the last turn (a line's end) stays with it
     pieces, at = [], 0
     while at < len(starts):
-        front = question if question + ends[at] - starts[at] <= horizon else 0
-        if ends[at] - starts[at] > horizon or (at == 0 and not front):
+        step = ends[at] - starts[at]
+        front = question if question + step <= horizon else 0
+        if step > horizon or (at == 0 and not front):
             pieces += _windows(run, starts[at], ends[at], horizon)
             at += 1
             continue
+        before = np.arange(*_turn(run, starts[at - 1], ends[at - 1])) if at else np.arange(0)
+        if front + len(before) + step > horizon:
+            before = before[:0]
         last = at
-        while last + 1 < len(starts) and front + ends[last + 1] - starts[at] <= horizon:
+        while last + 1 < len(starts) and front + len(before) + ends[last + 1] - starts[at] <= horizon:
             last += 1
-        places = np.concatenate([np.arange(front), np.arange(starts[at], ends[last])])
-        pieces.append(_piece(run, places, last - at + 1, front > 0))
+        places = np.concatenate([np.arange(front), before, np.arange(starts[at], ends[last])])
+        pieces.append(_piece(run, places, last - at + 1, front > 0, before))
         at = last + 1
     return pieces
 
@@ -78,24 +85,29 @@ def turn_ends(mask: np.ndarray) -> list[int]:
     return (np.flatnonzero(np.diff(np.append(mask > 0, False).astype(np.int8)) < 0) + 1).tolist()
 
 
+def _turn(run: Example, start: int, end: int) -> tuple[int, int]:
+    """Where the model's turn of a step begins and ends."""
+    return start + int(np.argmax(run.mask[start:end] > 0)), end
+
+
 def _windows(run: Example, start: int, end: int, horizon: int) -> list[Piece]:
     """Pieces of one step that is longer than the horizon: windows that end where it ends, the earliest of them from before its turn.
     The first turn has no observation, but the end of the question."""
-    first = start + int(np.argmax(run.mask[start:end] > 0))  # of the tokens to be predicted
+    first, end = _turn(run, start, end)
     floor = start if first > start else 0
     spans, stop = [(max(end - horizon, floor), end)], end
     while spans[0][0] >= first:
         stop = spans[0][0] + 1
         spans.insert(0, (max(stop - horizon, floor), stop))
     return [
-        _piece(run, np.arange(begin, stop), int(stop == end), False, begin if begin >= first else -1)  # that token is the last one of the
-        for begin, stop in spans  # window before, and nobody's target here
+        _piece(run, np.arange(begin, stop), int(stop == end), False, np.arange(begin, begin + (begin >= first)))  # that token is the last
+        for begin, stop in spans  # one of the window before, and nobody's target here
     ]
 
 
-def _piece(run: Example, places: np.ndarray, turns: int, question: bool, context: int = -1) -> Piece:
-    """context: the place of a token that is there to be read only."""
-    mask = np.where(places == context, np.float32(0), run.mask[places])
+def _piece(run: Example, places: np.ndarray, turns: int, question: bool, context: Sequence[int] | np.ndarray = ()) -> Piece:
+    """context: the places of tokens that are there to be read only."""
+    mask = np.where(np.isin(places, context), np.float32(0), run.mask[places])
     routes = None if run.routes is None else run.routes[places]
     example = Example(run.tokens[places], mask, run.domain, routes)
     return Piece(example, places.astype(np.int32), turns, question, _observed(run, places), len(_observed(run, np.arange(len(run)))))

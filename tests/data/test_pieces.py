@@ -23,11 +23,24 @@ def test_a_run_by_hand():
     run = run_of(4, (0, 3), (2, 3), (2, 3), (2, 3))  # 4 + 3 + 5 + 5 + 5
     assert [p.places.tolist() for p in pieces.cut(run, 22)] == [list(range(22))]
     got = pieces.cut(run, 12)
-    assert [p.places.tolist() for p in got] == [list(range(12)), [*range(4), *range(12, 17)], [*range(4), *range(17, 22)]]
+    assert [p.places.tolist() for p in got] == [list(range(12)), [*range(4), *range(9, 17)], [*range(4), *range(14, 22)]]
     assert [(p.turns, p.question) for p in got] == [(2, True), (1, True), (1, True)]
-    got = pieces.cut(run, 8)  # 4 + 5 do not fit: these steps stand alone
-    assert [p.places.tolist() for p in got] == [list(range(7)), list(range(7, 12)), list(range(12, 17)), list(range(17, 22))]
+    assert [targets(p) for p in got] == [[4, 5, 6, 9, 10, 11], [14, 15, 16], [19, 20, 21]]
+
+
+def test_the_turn_before_is_context_where_there_is_room():
+    run = run_of(4, (0, 3), (2, 3), (2, 3), (2, 3))
+    got = pieces.cut(run, 13)  # the last two behind question and turn would be 17
+    assert [p.places.tolist() for p in got] == [list(range(12)), [*range(4), *range(9, 17)], [*range(4), *range(14, 22)]]
+    assert [p.example.mask.tolist() for p in got[1:]] == [[0] * 9 + [1] * 3] * 2
+    assert [(p.turns, p.question, p.observations) for p in got] == [(2, True, (0,)), (1, True, (1,)), (1, True, (2,))]
+    got = pieces.cut(run, 17)
+    assert [p.places.tolist() for p in got] == [list(range(17)), [*range(4), *range(14, 22)]]
+    got = pieces.cut(run, 8)  # 4 + 5 do not fit: these steps stand alone, behind the turn before them
+    assert [p.places.tolist() for p in got] == [list(range(7)), list(range(4, 12)), list(range(9, 17)), list(range(14, 22))]
     assert [p.question for p in got] == [True, False, False, False]
+    assert [targets(p) for p in got] == [[4, 5, 6], [9, 10, 11], [14, 15, 16], [19, 20, 21]]
+    assert [p.places.tolist() for p in pieces.cut(run, 7)][1:] == [list(range(7, 12)), list(range(12, 17)), list(range(17, 22))]
 
 
 def test_a_step_that_does_not_fit_loses_its_beginning_and_a_turn_is_cut_into_windows():
@@ -51,6 +64,18 @@ def test_every_written_token_is_predicted_once_and_no_piece_is_longer(seed):
         for p in got:
             assert (np.diff(p.places) > 0).all() and (p.example.tokens == run.tokens[p.places]).all() and p.example.mask[0] == 0
         assert sum(p.turns for p in got) == len(pieces.turn_ends(run.mask))
+
+
+@pytest.mark.parametrize("horizon", range(17, 46))
+def test_what_a_turn_says_of_the_last_one_can_be_known_where_there_is_room(horizon):
+    run = run_of(6, (0, 5), *[(7, 5)] * 9)
+    for piece in pieces.cut(run, horizon):
+        start = targets(piece)[0]
+        turn = range(start - 12, start - 7)
+        if start > 6:
+            assert piece.question == (horizon >= 6 + 12)
+            assert (set(turn) <= set(piece.places.tolist())) == (not piece.question or horizon >= 6 + 5 + 12)
+            assert targets(piece)[0] == start and not piece.example.mask[np.isin(piece.places, turn)].any()
 
 
 def test_only_solvable_runs():
