@@ -87,12 +87,12 @@ def get_config(arg: str = "") -> Experiment:
     seed = int(arg) if arg.isdigit() else 0
     limits = Limits(slots=64, max_turns=40, max_turn_tokens=160, max_length=512, temperature=0.0)
     sft = SftConfig(
-        steps=900,
+        steps=2000,
         rows=12,
         max_length=512,
         loss_tile=256,
         optimizer=bind(optim.muon, learning_rate=0.01, table_learning_rate=0.01),
-        phases=(Phase(0.25, 1), Phase(0.75, 8)),
+        phases=(Phase(0.12, 1), Phase(0.88, 8)),
     )
     cfg = Experiment(
         name=f"six_domains-{seed}",
@@ -112,19 +112,20 @@ def get_config(arg: str = "") -> Experiment:
         sft=sft,
         teachers=teachers(limits),
         distill=DistillConfig(
-            steps=250,
-            prompts=12,
+            steps=400,
+            prompts=8,
             of={d: (Prompts(lengths),) for d, lengths in LENGTHS.items()}
             | {"instruction_following": (Prompts(LENGTHS["instruction_following"]),) * 3 + (Prompts((1,), REGISTER),)},
-            rows=7,
+            rows=4,
+            rows_of={"search": 3, "engineering": 5, "instruction_following": 3, "tool_calling": 3},
             max_length=512,
             k=16,
             mode="tail",  # the paper's "salient" is blind outside the k best, see the README
-            optimizer=bind(optim.muon, learning_rate=0.004, table_learning_rate=0.004, final=0.1),
-            limits=dataclasses.replace(limits, slots=96, temperature=1.0),
+            optimizer=bind(optim.muon, learning_rate=0.006, table_learning_rate=0.006, final=0.05),
+            limits=dataclasses.replace(limits, slots=48, temperature=1.0),
         ),
         evaluation=held_out(50),
-        admission=held_out(12),
+        admission=held_out(30),
         limits=limits,
         elsewhere=False,
         seed=seed,
@@ -205,7 +206,7 @@ def smoke(cfg: Experiment) -> Experiment:
         runs={d: few(runs) for d, runs in cfg.runs.items()},
         sft=sft,
         teachers=recipe,
-        distill=dataclasses.replace(cfg.distill, steps=2, prompts=2, rows=2, limits=sampling, save_every=1),
+        distill=dataclasses.replace(cfg.distill, steps=2, prompts=2, rows=2, rows_of={}, limits=sampling, save_every=1),
         control=dataclasses.replace(sft, steps=4),
         evaluation=held_out(1),
         admission=held_out(1),

@@ -48,6 +48,7 @@ class DistillConfig:
     lengths: tuple[int, ...] = (1, 2, 4, 8)  # lengths of those tasks in steps, in equal shares
     of: dict[str, tuple[experts.Prompts, ...]] = dataclasses.field(default_factory=dict)  # domain -> its own, instead of ``lengths``
     rows: int = 12  # packed rows per domain and step; runs that find no room are left out and counted
+    rows_of: dict[str, int] = dataclasses.field(default_factory=dict)  # domain -> its own, instead of ``rows``, where runs differ in length
     max_length: int = 512  # tokens per packed row, at least limits.max_length
     k: int = 16  # ids on which student and teacher are compared
     mode: Literal["salient", "tail", "sampled", "full"] = (
@@ -90,11 +91,16 @@ class DistillConfig:
                 f"DistillConfig.tail_below is {self.tail_below} in mode '{self.mode}'; it is a share of probability from 0 to 1, for mode "
                 "'salient' only"
             )
+        for domain, rows in self.rows_of.items():
+            if rows < 1:
+                raise ConfigError(f"DistillConfig.rows_of.{domain} is {rows}; it must be at least 1")
         if self.mode == "full" and self.rows % self.microbatches:
             raise ConfigError(
                 f"DistillConfig.rows is {self.rows} and microbatches {self.microbatches}; mode 'full' needs a multiple of them, so that "
                 "every micro-batch has rows of every domain"
             )
+        if self.mode == "full" and any(rows != self.rows for rows in self.rows_of.values()):
+            raise ConfigError("DistillConfig.rows_of is set in mode 'full', which takes as many rows of every domain; set rows alone")
         if not 0 <= self.own_weight <= 1:
             raise ConfigError(f"DistillConfig.own_weight is {self.own_weight}; it is a share of the target, from 0 to 1")
         if self.own_weight < 1 and self.mode == "full":
@@ -108,6 +114,11 @@ class DistillConfig:
                     raise ConfigError(f"DistillConfig.rollouts is 'teacher' with {what} what the student wrote; set rollouts = 'student'")
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("DistillConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
+
+
+def rows_in(cfg: DistillConfig, domain: str) -> int:
+    """Packed rows of a domain in a step."""
+    return cfg.rows_of.get(domain, cfg.rows)
 
 
 def weigh(data: dict[str, Any], num_domains: int, reduction: str) -> dict[str, Any]:
@@ -222,7 +233,7 @@ class OnPolicy:
         kept_runs.keep_some(setting.workdir, self.stage, rollouts, at, cfg.save_every)
         pieces, left_out, shares, replay = [], 0, {}, setting.model if cfg.replay_routes else None
         for index, domain in enumerate(setting.domains):
-            placed = pack_domain([r for r in rollouts if r.domain == domain], index, cfg.rows, cfg.max_length, replay)
+            placed = pack_domain([r for r in rollouts if r.domain == domain], index, rows_in(cfg, domain), cfg.max_length, replay)
             batch, scores, found = self.scorers[domain].score(placed, setting.put(placed.batch))
             left_out += placed.left_out
             shares |= {f"{name}/{domain}": value for name, value in found.items()}

@@ -95,12 +95,14 @@ def prompts(family: Domain, lengths: Sequence[int], number: int, step: int, seed
 
 
 def mixed_prompts(family: Domain, sources: Sequence[Prompts], number: int, step: int, seed: int) -> list[Task]:
-    """The same from several sources in equal shares; ``family`` is that of a source that names none."""
+    """The same from several sources in equal shares, the lengths of each in turn from step to step; ``family`` is that of a source that
+    names none."""
     first = STARTS["prompts"] + seed * 1_000_000 + step * number
     rng, out = np.random.default_rng([seed, step]), []
     for i, source in enumerate(sources):
         share = number // len(sources) + int(i < number % len(sources))
-        for steps in rng.permutation(np.resize(np.asarray(source.lengths), share)):
+        turn = np.arange(step * share, (step + 1) * share) % len(source.lengths)
+        for steps in rng.permutation(np.asarray(source.lengths)[turn]):
             out.append((source.family or family).propose(first + len(out), int(steps), "train"))
     return out
 

@@ -90,12 +90,13 @@ def _of_part(path: str, part: Any, cfg: Any) -> list[Demand]:
     if "rows" in names and "max_length" in names:
         # The delta rule and the convolution take any length on a device; whole chunks only spare padding.
         found.append(Demand(f"{path}.max_length", part.max_length, "length", advised=cfg.model.delta_chunk))
-        slices = getattr(part, "microbatches", 1)
+        slices, own = getattr(part, "microbatches", 1), getattr(part, "rows_of", {})
+        found += [Demand(f"{path}.rows_of.{domain}", rows, "batch") for domain, rows in own.items() if domain in cfg.domains]
         if slices > 1:
             # Distillation cuts the rows of all domains together; in mode full the loss then takes each domain's share by itself.
-            together = len(cfg.domains) if hasattr(part, "mode") and part.mode != "full" else 1
-            what = f"{path}.rows{f' x {together} domains' if together > 1 else ''} / microbatches"
-            found.append(Demand(what, together * part.rows // slices, "batch", True))
+            each = [own.get(d, part.rows) for d in cfg.domains] if hasattr(part, "mode") and part.mode != "full" else [part.rows]
+            what = f"{path}.rows{f' x {len(each)} domains' if len(each) > 1 else ''} / microbatches"
+            found.append(Demand(what, sum(each) // slices, "batch", True))
     return found
 
 

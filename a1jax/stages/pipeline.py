@@ -71,6 +71,10 @@ class Experiment:
         for name in self.checkpoints:
             if name not in self.domains:
                 raise ConfigError(f"checkpoints has '{name}', which is not among domains; those are {', '.join(self.domains)}")
+        for field in ("of", "rows_of"):
+            for name in getattr(self.distill, field):
+                if name not in DOMAINS and name not in self.families:
+                    raise ConfigError(f"distill.{field} has '{name}'; there are {', '.join(sorted({*DOMAINS, *self.families}))}")
         if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal"
@@ -226,7 +230,7 @@ def distill_flops_in_sft_steps(cfg: Experiment) -> float:
     Per token: 6 N to train, 2 N to score by each teacher that has a weight, 2 N to sample (N active parameters); rollouts are counted at
     their budget's packed rows.
     """
-    tokens = len(cfg.domains) * cfg.distill.rows * cfg.distill.max_length
+    tokens = sum(distill.rows_in(cfg.distill, d) for d in cfg.domains) * cfg.distill.max_length
     scorers = sum(share > 0 for share in mixtures.weights(cfg.distill.own_weight, 0, len(cfg.domains)))
     return cfg.distill.steps * tokens * (6 + 2 * scorers + 2) / (6 * cfg.sft.rows * cfg.sft.max_length)
 

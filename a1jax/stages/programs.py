@@ -191,8 +191,9 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
     own, model, models = cfg.distill, cfg.model, _teachers(cfg)
     everything, held = own.mode == "full", kept(cfg, place, "teachers")
     state = place.state(model, own.optimizer, own.steps)
-    batch, scores = place.batch(own.rows, own.max_length, _routes(own.replay_routes, model)), {}
+    rows, scores = {domain: distill.rows_in(own, domain) for domain in models}, {}
     for domain, m in models.items():
+        batch = place.batch(rows[domain], own.max_length, _routes(own.replay_routes, model))
         fn = scoring.score_step(m, own.k, own.vocab_block, own.mode == "sampled", everything)
         args, others = (held[f"the teacher of {domain}"], batch), {n: p for n, p in held.items() if n != f"the teacher of {domain}"}
         cost = flops.forward(m, own.limits.max_length, 0.0 if everything else 1.0)
@@ -201,23 +202,23 @@ def _distill(cfg: Experiment, place: Place) -> Iterator[Program]:
             others = {n: p for n, p in held.items() if not any(p is one for one in args[0])}
         scores[domain] = jax.eval_shape(fn, *args)
         beside = {"the state": state, **others}
-        yield Program("distill", f"score/{domain}", fn, args, own.rows * own.max_length, cost, "distill", beside)
-    rows = own.rows * len(models)
-    data: dict[str, Any] = {"batch": place.batch(rows, own.max_length, _routes(own.replay_routes, model))}
+        yield Program("distill", f"score/{domain}", fn, args, rows[domain] * own.max_length, cost, "distill", beside)
+    together = sum(rows.values())
+    data: dict[str, Any] = {"batch": place.batch(together, own.max_length, _routes(own.replay_routes, model))}
     frozen = None
     if everything:
         data["full"] = [place.like(scores[d], "batch", "length") for d in models]
         frozen = [{"unembed": transformer.unembed(held[f"the teacher of {d}"], m)} for d, m in models.items()]
     else:
         some = next(iter(scores.values()))
-        joined = {n: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for n, x in some.items()}
+        joined = {n: jax.ShapeDtypeStruct((together, *x.shape[1:]), x.dtype) for n, x in some.items()}
         data |= place.like(joined, "batch", "length")
     if own.coverage_every > 1:
-        data["measured"] = place.put((rows,), jnp.bool_, (None,))
+        data["measured"] = place.put((together,), jnp.bool_, (None,))
     tx = own.optimizer(transformer.specs(model), own.steps)
     fn = distill.train_step(own, model, len(models), tx)
     cost = flops.training(model, own.limits.max_length, *_heads(own, model))
-    yield Program("distill", "train_step", fn, (state, data, frozen), rows * own.max_length, cost, "distill", held)
+    yield Program("distill", "train_step", fn, (state, data, frozen), together * own.max_length, cost, "distill", held)
 
 
 def _mixed(own: distill.DistillConfig, models: dict[str, ModelConfig], domain: str, held: dict[str, Any], batch: Any) -> tuple:

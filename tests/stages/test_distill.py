@@ -104,6 +104,20 @@ def test_every_run_is_scored_by_the_teacher_of_its_domain_only(setting, models):
         assert np.abs(np.asarray(values - jax.lax.top_k(logits["other"], CFG.k)[0])).max() > 0.1
 
 
+def test_domains_may_have_rows_of_their_own(setting, models):
+    student, teachers = models
+    cfg = dataclasses.replace(CFG, prompts=6, rows_of={setting.domains[0]: 1})
+    data, out = on_policy(cfg, setting, teachers).next(train.init_state(student, optim.adamw(setting.specs, 1), 0))
+    batch = data["batch"]
+    assert batch.tokens.shape == (1 + CFG.rows, 80) == data["teacher_logits"].shape[:2]
+    assert [set(np.unique(batch.domains[rows][batch.segment_ids[rows] > 0])) for rows in (slice(0, 1), slice(1, None))] == [{0}, {1}]
+    assert out["rollout/left_out"] > 0 and out["tokens"] == (batch.segment_ids > 0).sum()
+    with pytest.raises(ConfigError, match="rows_of.search is 0; it must be at least 1"):
+        dataclasses.replace(CFG, rows_of={"search": 0})
+    with pytest.raises(ConfigError, match="rows_of is set in mode 'full'"):
+        dataclasses.replace(CFG, mode="full", rows_of={"search": 1})
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def dense(params, batch, model):
     hidden, _ = transformer.apply(params, batch.tokens, batch.positions, batch.segment_ids, model)

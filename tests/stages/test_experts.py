@@ -27,6 +27,14 @@ def test_prompts_are_unique_over_steps_and_equally_long_in_turn():
     assert all(sorted(t.steps for t in batch) == [1] * 3 + [2] * 3 + [4] * 3 for batch in steps)
 
 
+def test_lengths_come_in_turn_also_where_a_step_has_room_for_some():
+    sources = (experts.Prompts((1, 2, 3, 4)),) * 2 + (experts.Prompts((5,)),)
+    steps = [[t.steps for t in experts.mixed_prompts(QUICKSTART["search"], sources, 9, step, 0)] for step in range(4)]
+    assert all(sorted(lengths)[-3:] == [5] * 3 for lengths in steps)
+    assert [sum(lengths.count(n) for lengths in steps) for n in (1, 2, 3, 4)] == [6] * 4
+    assert sorted(steps[0][:3]) == [1, 2, 3] and sorted(steps[1][:3]) == [1, 2, 4]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_supervise_what_the_expert_wrote(name, tokenizer):
     (steps, example), *_ = experts.examples(QUICKSTART[name], 1, experts.Runs({2: 1}), "sft", 0, tokenizer, False)

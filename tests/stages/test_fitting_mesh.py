@@ -133,10 +133,13 @@ def test_teachers_distillation_and_reinforcement_are_asked_too(small_model, tmp_
     cfg = config.load(str(ROOT / "experiments/six_domains.py"))
     paths = {demand.what for demand in demands(cfg)}
     assert {"sft.rows", "distill.rows", "distill.max_length", "distill.limits.slots", "limits.slots"} <= paths
+    assert {"distill.rows_of.search", "distill.rows_of.engineering"} <= paths
     assert "teachers.tool_calling.recipe.1.rows" in paths
     assert any(path.startswith("teachers.") and path.endswith(".limits.slots") for path in paths)
-    assert violations({"data": 4}, demands(cfg)) != []  # its 7 rows a domain
-    distill = dataclasses.replace(cfg.distill, rows=4, microbatches=3)
+    assert violations({"data": 4}, demands(cfg)) != []  # its odd numbers of rows
+    some = dataclasses.replace(cfg.distill, rows=4, rows_of={"search": 1, "science": 5}, microbatches=3)
+    assert {d.what: d for d in demands(dataclasses.replace(cfg, distill=some))}["distill.rows x 6 domains / microbatches"].size == 22 // 3
+    distill = dataclasses.replace(some, rows_of={})
     whole = {d.what: d for d in demands(dataclasses.replace(cfg, distill=distill))}
     assert whole["distill.rows x 6 domains / microbatches"].size == 8
     by_domain = dataclasses.replace(distill, rows=6, mode="full", limits=dataclasses.replace(distill.limits, max_length=512))
