@@ -2,7 +2,8 @@
 
 A *consult* is a piece of a run with its question in front and everything between the two dropped, as an agent with a sliding context sees
 it. The turn before it stands in front of a piece, to be read only, where there is room: what an agent says from memory of its last turn,
-such as the number of its step, can then be known. Where there is none it cannot, and is a target all the same.
+such as the number of its step, can then be known. What hangs on a turn or a question for which there was no room cannot be known, and is
+a target all the same: ``turn_before`` and ``question`` say which pieces that concerns.
 Pieces are examples of their own: packed into one row they do not see each other (segments), nor anything that was dropped.
 """
 
@@ -23,13 +24,14 @@ Arm = Literal["consults", "solvable"]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
     """A part of one run. places: int32 [T], where in the run each token stood. turns: model turns that it has as targets and end in it.
-    question: it has the run's question in front. observations: numbers (from 0, in the run) of those that it has, whole or in part;
-    demanded: how many the whole run has."""
+    question: it has the run's question in front. turn_before: the turn before its first target is in it, or there is none. observations:
+    numbers (from 0, in the run) of those that it has, whole or in part; demanded: how many the whole run has."""
 
     example: Example
     places: np.ndarray
     turns: int
     question: bool
+    turn_before: bool
     observations: tuple[int, ...]
     demanded: int
 
@@ -110,7 +112,14 @@ def _piece(run: Example, places: np.ndarray, turns: int, question: bool, context
     mask = np.where(np.isin(places, context), np.float32(0), run.mask[places])
     routes = None if run.routes is None else run.routes[places]
     example = Example(run.tokens[places], mask, run.domain, routes)
-    return Piece(example, places.astype(np.int32), turns, question, _observed(run, places), len(_observed(run, np.arange(len(run)))))
+    begun = places[1:][mask[1:] > 0][:1]  # the first token that is to be predicted
+    ended = [end for end in turn_ends(run.mask) if begun.size and end <= begun[0]]
+    before = not ended or ended[-1] - 1 in places
+    return Piece(example, places.astype(np.int32), turns, question, before, _observed(run, places), _demanded(run))
+
+
+def _demanded(run: Example) -> int:
+    return len(_observed(run, np.arange(len(run))))
 
 
 def _observed(run: Example, places: np.ndarray) -> tuple[int, ...]:

@@ -233,6 +233,7 @@ def about_pieces(cut: Sequence[tuple[int, Piece]]) -> dict[str, float]:
         "longest_piece": max(lengths),
         "mean_piece": sum(lengths) / len(lengths),
         "with_question": sum(piece.question for _, piece in cut) / len(cut),
+        "with_turn_before": sum(piece.turn_before for _, piece in cut) / len(cut),
     }
 
 

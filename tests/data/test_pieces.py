@@ -38,9 +38,11 @@ def test_the_turn_before_is_context_where_there_is_room():
     assert [p.places.tolist() for p in got] == [list(range(17)), [*range(4), *range(14, 22)]]
     got = pieces.cut(run, 8)  # 4 + 5 do not fit: these steps stand alone, behind the turn before them
     assert [p.places.tolist() for p in got] == [list(range(7)), list(range(4, 12)), list(range(9, 17)), list(range(14, 22))]
-    assert [p.question for p in got] == [True, False, False, False]
+    assert [(p.question, p.turn_before) for p in got] == [(True, True), *[(False, True)] * 3]
     assert [targets(p) for p in got] == [[4, 5, 6], [9, 10, 11], [14, 15, 16], [19, 20, 21]]
-    assert [p.places.tolist() for p in pieces.cut(run, 7)][1:] == [list(range(7, 12)), list(range(12, 17)), list(range(17, 22))]
+    got = pieces.cut(run, 7)
+    assert [p.places.tolist() for p in got][1:] == [list(range(7, 12)), list(range(12, 17)), list(range(17, 22))]
+    assert [p.turn_before for p in got] == [True, False, False, False]
 
 
 def test_a_step_that_does_not_fit_loses_its_beginning_and_a_turn_is_cut_into_windows():
@@ -74,7 +76,7 @@ def test_what_a_turn_says_of_the_last_one_can_be_known_where_there_is_room(horiz
         turn = range(start - 12, start - 7)
         if start > 6:
             assert piece.question == (horizon >= 6 + 12)
-            assert (set(turn) <= set(piece.places.tolist())) == (not piece.question or horizon >= 6 + 5 + 12)
+            assert (set(turn) <= set(piece.places.tolist())) == piece.turn_before == (not piece.question or horizon >= 6 + 5 + 12)
             assert targets(piece)[0] == start and not piece.example.mask[np.isin(piece.places, turn)].any()
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from a1jax import config, metrics
 from a1jax.config import ConfigError, bind
+from a1jax.domains import solve
 from a1jax.domains.search import Search
 from a1jax.models import config as models
 from a1jax.models import flops
@@ -19,6 +21,7 @@ from a1jax.stages.setting import Setting
 from a1jax.stages.sft import Phase, SftConfig
 from a1jax.types import TrainState
 
+GRID = pathlib.Path(__file__).parents[2] / "experiments/ablations/horizon_vs_params.py"
 BASE = HorizonCell(
     model=models.nano(16),
     horizon=80,
@@ -64,6 +67,19 @@ def test_no_segment_of_a_training_row_is_longer_than_the_horizon(horizon, arm):
     assert horizon // 2 < longest <= horizon
     numbers = {setting.tokenizer.encode(f" {i}")[-1] for i in range(1, 17)}
     assert len(numbers) == 16 and numbers <= seen  # no counter is unknown to any cell
+
+
+def test_no_token_of_the_held_out_runs_is_unknown_to_the_cells_of_the_grid_that_see_least():
+    planned = {cell.name: cell.config for cell in config.load(str(GRID)).cells()}
+    for name in ("nano_128-h34-consults-flops-s0", "nano_128-h1024-consults-flops-s0", "nano_80-h80-solvable-tokens-s0"):
+        cell = planned[name]
+        stage, data, _, setting = prepared(cell)
+        source = sft.Curriculum(stage, data, setting)
+        steps = range(min(stage.steps, 250))
+        seen = {t for s in steps for t in np.unique(source.next(TrainState(np.int32(s), None, None, None))[0].tokens).tolist()}
+        tasks = horizon_cell.judged_by(cell.families["search"], tuple(sorted(cell.heldout.items())), "heldout")
+        judged = {int(t) for task in tasks for t in experts.example(solve(task), 0, setting.tokenizer, False).tokens}
+        assert len(judged) > 100 and judged <= seen, name
 
 
 def test_budgets_of_tokens_and_of_flops_are_met_and_differ():
