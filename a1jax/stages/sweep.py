@@ -83,19 +83,25 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
     mine = [cell for cell in asked[i::n] if not _file(workdir, cell).exists()]
     entry = provenance.collect([], None)
     facts = {"machine": _machine(entry), "commit": entry["commit"]}
-    started, began, spent, left = time.time(), time.perf_counter(), 0.0, sum(cell.cost for cell in mine)
+    started, began = time.time(), time.perf_counter()
     print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(asked[i::n])} cells to run", flush=True)
     for number, cell in enumerate(mine, 1):
-        since, left = time.perf_counter(), left - cell.cost
+        since = time.perf_counter()
         with claim(workdir, cell) as free:
             if not free or _failed_since(workdir, cell, started):
                 continue
             outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
-        spent, now = spent + cell.cost, time.perf_counter()
-        rest = (now - began) / spent * left if spent else 0.0
-        print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; about {rest / 60:.0f} min left", flush=True)
+        now = time.perf_counter()
+        print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; {_time_left(workdir, mine, now - began)}", flush=True)
         interruption.point()
     return summary(planned, workdir)
+
+
+def _time_left(workdir: pathlib.Path, mine: Sequence[Planned], seconds: float) -> str:
+    """By what has been finished of these cells in the seconds since the start, whoever finished it."""
+    left = sum(cell.cost for cell in mine if not _file(workdir, cell).exists())
+    done = sum(cell.cost for cell in mine) - left
+    return f"about {seconds / done * left / 60:.0f} min left" if done else "nothing finished yet"
 
 
 def _failed_since(workdir: pathlib.Path, cell: Planned, started: float) -> bool:

@@ -79,6 +79,15 @@ def test_a_cell_that_somebody_is_at_is_left_to_them(tmp_path):
     assert {file.read_text() for file in tmp_path.glob("cells/*/count")} == {"1"}
 
 
+def test_the_time_that_is_left_counts_what_others_have_finished(tmp_path):
+    cells = plan(4)
+    assert sweep._time_left(tmp_path, cells, 90.0) == "nothing finished yet"
+    for cell in cells[:3]:
+        (tmp_path / "cells" / cell.name).mkdir(parents=True)
+        (tmp_path / "cells" / cell.name / "cell.json").write_text("{}")
+    assert sweep._time_left(tmp_path, cells, 540.0) == "about 3 min left"
+
+
 def test_only_cells_of_those_names_are_run(tmp_path):
     found = sweep.run(override(sweep_of(), ['only=("cell-a-*", "*-4")']), tmp_path)["finished"]
     assert found == ["cell-a-1", "cell-a-3", "cell-b-4", "cell-a-5"]
