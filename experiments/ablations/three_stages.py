@@ -19,6 +19,7 @@ sft_continued has as many steps as cost what stage 3 costs when every slot of it
 count real tokens alone, so the two differ there.
 Everything else is experiments/quickstart.py's, mode "tail" included; stage 1 and teachers are trained once a seed, and the unchanged
 student, which is a value of most ablations, once. Held-out tasks are the same everywhere: 200 a domain.
+`a1jax report` says of every value by how many points it is off the unchanged one of its ablation, with an interval.
 
 Cost: 24 different models a seed, 14 of them students. An estimate from the quickstart's 414 s on 2 busy cores: a student about 200 s with
 its judging, a model of stage 1 alone 60 s, so about an hour a seed, and :modes or :k a quarter of an hour a seed. Not run yet: there are
