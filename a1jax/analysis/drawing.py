@@ -159,9 +159,15 @@ def _groups(axis: Any, panel: Groups) -> None:
         axis.bar([x for x, _ in found], y, width, **look, label=name, yerr=ends, error_kw={"elinewidth": 0.8, "capsize": 1.5})
         if 0.8 * _breadth(panel) / max(1, len(panel.labels) * len(panel.parts)) > 0.19:  # inches that a number takes
             for x, bar in found:
-                axis.annotate(f"{100 * bar.value:.0f}", (x, bar.high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+                said = f"{100 * bar.value:+.1f}" if panel.signed else f"{100 * bar.value:.0f}"
+                axis.annotate(said, (x, max(0.0, bar.high)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axis.set_xticks(range(len(panel.labels)), panel.labels)
-    axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=(0, 1.08), yticks=[0, 0.25, 0.5, 0.75, 1.0])
+    axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.signed:
+        axis.axhline(0, color="#57606a", linewidth=0.8)
+        axis.margins(y=0.12)
+    else:
+        axis.set(ylim=(0, 1.08), yticks=[0, 0.25, 0.5, 0.75, 1.0])
     if 0.08 * max(map(len, panel.labels), default=0) * len(panel.labels) > 0.8 * _breadth(panel):
         _slanted(axis)
     axis.grid(axis="y", alpha=0.25)

@@ -67,13 +67,15 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Bars side by side, with intervals: parts[name][i] is the bar of that name in the group labels[i], None: there is none."""
+    """Bars side by side, with intervals: parts[name][i] is the bar of that name in the group labels[i], None: there is none. signed: they
+    are differences, not shares from 0 to 1."""
 
     title: str
     xlabel: str
     ylabel: str
     labels: tuple[str, ...]
     parts: dict[str, tuple[Rate | None, ...]]
+    signed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..stages.evaluate import wilson
 SWEEP, CELL = "a1jax.sweep/1", "a1jax.cell/1"
 OF_TASKS = ("domain", "steps")  # what success may be told by beside a cell's axes: fields of its tasks
 _NEEDED = {"name": str, "axes": dict[str, Any], "parameters": dict[str, int], "train": dict[str, Any], "tasks": list}
-_OPTIONAL = {"curves": dict[str, list], "seconds": dict[str, float], "machine": str, "commit": str}
+_OPTIONAL = {"curves": dict[str, list], "seconds": dict[str, float], "machine": str, "commit": str, "against": dict[str, Any]}
 _TASK = {"domain": str, "steps": int, "task_id": str, "success": int}
 
 
@@ -31,7 +31,8 @@ _TASK = {"domain": str, "steps": int, "task_id": str, "success": int}
 class Cell:
     """One trained and judged model. axes: axis -> value. parameters: "total", "active" (used per token). train: "steps", "tokens",
     "flops", "longest_piece", "mean_piece", "feedback", ... tasks: one {"domain", "steps", "task_id", "success": 0 or 1, "status",
-    "tokens"} per held-out task. curves: metric -> [[step, value], ...]. seconds: {"train", "evaluate"}."""
+    "tokens"} per held-out task. curves: metric -> [[step, value], ...]. seconds: {"train", "evaluate"}. against: of an ablation's cell,
+    {"value": the one it is compared with, "unchanged": whether that one leaves the experiment as it is}."""
 
     name: str
     axes: dict[str, Any]
@@ -42,6 +43,7 @@ class Cell:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     machine: str = ""
     commit: str = ""
+    against: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

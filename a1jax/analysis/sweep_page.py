@@ -9,11 +9,15 @@ from typing import Any
 
 from .. import provenance
 from ..config import ConfigError
-from . import ablation_plots, figures, horizon, horizon_plots, law_plots, page, training_plots
+from . import ablation_differences, ablation_plots, figures, horizon, horizon_plots, law_plots, page, training_plots
 from . import sweep as sweeps
 from .sweep import Cell, Sweep
 
 PLAN = "sweep.json"
+TOLD = {  # table behind the findings -> what stands over it
+    "law": "Success by size, horizon, domain and task length, observed and by the law:",
+    "differences": ablation_differences.HOW,
+}
 TRAINED = ("tokens", "flops", "longest_piece", "mean_piece", "feedback")
 
 
@@ -29,9 +33,9 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         why = f"; {sweep.failed[0].name} failed: {sweep.failed[0].error}" if sweep.failed else ""
         count = len(sweep.failed) + len(sweep.missing)
         raise ConfigError(f"{folder}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
-    findings, drawn, refused = _of(sweep)
+    findings, drawn, refused, behind = _of(sweep)
     tables = {"cells": cell_rows(sweep), "points": horizon_plots.points(sweep), **{f.name: figures.rows(f) for f in drawn}}
-    tables |= {"law": horizon.rows(sweep)} if findings else {}
+    tables |= behind
     for name, table in tables.items():
         page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
     sweeps.pack(folder, folder / page.FOLDER / "sweep.jsonl.gz")
@@ -45,6 +49,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         unlisted=sweep.unlisted,
         findings=_grouped(findings),
         refused=refused,
+        behind={name: TOLD[name] for name in behind},
         figures=[(figure, page.image(figure)) for figure in drawn],
         told=provenance.read(folder),
         results={},
@@ -54,10 +59,10 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     return folder / page.FILE
 
 
-def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...]]:
-    """(findings, figures, one line for each part of the sweep that no law could be fitted to)."""
+def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...], dict[str, list[dict[str, Any]]]]:
+    """(findings, figures, one line for each part of the sweep that no law could be fitted to, tables behind the findings by name)."""
     if not horizon_plots.has_horizons(sweep.axes):
-        return [], ablation_plots.figures(sweep), ()
+        return _of_ablations(sweep)
     fitted, rows = law_plots.fit(sweep), horizon_plots.points(sweep)
     isolines = {values: law_plots.isolines(law) for values, law in fitted.laws.items()}
     curves = {values: law_plots.curves(law, [row for row in rows if fitted.of(row) == values]) for values, law in fitted.laws.items()}
@@ -65,7 +70,15 @@ def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...]]
     rate = law_plots.exchange_rate(rows, fitted)
     trained = training_plots.figures(sweep, (*fitted.over, horizon_plots.SIZE), (horizon_plots.HORIZON,))
     drawn = [first, rest[0], *([rate] if rate.panels else []), *rest[1:], *trained]
-    return horizon.summary(sweep) if fitted.laws else [], drawn, fitted.refused
+    findings = horizon.summary(sweep) if fitted.laws else []
+    return findings, drawn, fitted.refused, {"law": horizon.rows(sweep)} if findings else {}
+
+
+def _of_ablations(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...], dict[str, list[dict[str, Any]]]]:
+    drawn, table = ablation_plots.figures(sweep), ablation_differences.rows(sweep)
+    if not table:
+        return [], drawn, (), {}
+    return ablation_differences.sentences(table), [ablation_differences.figure(table), *drawn], (), {"differences": table}
 
 
 def _grouped(findings: list[str]) -> dict[str, list[str]]:

@@ -21,7 +21,8 @@ from .pipeline import Experiment
 from .shared_stages import Judged, Trained
 from .sweep import Planned
 
-CURVES = ("ce/loss", "distill/kl", "distill/coverage", "rollout/entropy", "rollout/success")  # the last of every domain
+CURVES = ("ce/loss", "distill/kl", "distill/coverage")
+OF_WRITER = ("rollout/entropy", "rollout/success")  # of whoever writes the runs; the second of every domain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,12 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class AblationCell:
+    """against: the value of its ablation that it is compared with; unchanged: whether that one leaves the experiment as it is."""
+
     experiment: Experiment
     judged: Judged
+    against: str = ""
+    unchanged: bool = False
 
 
 def cells(base: Experiment, ablations: dict[str, dict[str, Value]], seeds: tuple[int, ...] = (0, 1, 2)) -> list[Planned]:
@@ -44,23 +49,43 @@ def cells(base: Experiment, ablations: dict[str, dict[str, Value]], seeds: tuple
     Raises ConfigError for a change that does not fit, naming ablation and value."""
     if not seeds:
         raise ConfigError("seeds is empty; name at least one")
-    found = [(name, label, value) for name, values in ablations.items() for label, value in values.items()]
-    return [_planned(base, name, label, value, seed) for seed in seeds for name, label, value in found]
+    return [cell for seed in seeds for name, values in ablations.items() for cell in _planned(base, name, values, seed)]
 
 
-def _planned(base: Experiment, ablation: str, label: str, value: Value, seed: int) -> Planned:
-    try:
-        experiment = config.override(base, [f"seed={seed}", *value.changes])
-    except ConfigError as error:
-        raise ConfigError(f"ablations.{ablation}.{label}: {error}") from None
-    axes = {"ablation": ablation, "value": label, "seed": seed}
-    return Planned(f"{ablation}-{label}-s{seed}", axes, AblationCell(experiment, value.judged), bind(run))
+def _planned(base: Experiment, ablation: str, values: dict[str, Value], seed: int) -> list[Planned]:
+    changed = {}
+    for label, value in values.items():
+        try:
+            changed[label] = config.override(base, [f"seed={seed}", *value.changes])
+        except ConfigError as error:
+            raise ConfigError(f"ablations.{ablation}.{label}: {error}") from None
+    same = [label for label, experiment in changed.items() if experiment == config.override(base, [f"seed={seed}"])]
+    against = next((label for label in same if values[label].judged == "student"), [*same, *values][0] if values else "")
+    out = []
+    for label, experiment in changed.items():
+        cell = AblationCell(experiment, values[label].judged, against, bool(same))
+        axes = {"ablation": ablation, "value": label, "seed": seed}
+        out.append(Planned(f"{ablation}-{label}-s{seed}", axes, cell, bind(run), busy=bind(busy)))
+    return out
+
+
+def shared(workdir: pathlib.Path) -> pathlib.Path:
+    """Of the sweep that has its cell in ``workdir``."""
+    return workdir.parent.parent / "shared"
+
+
+def busy(cell: AblationCell, workdir: pathlib.Path) -> bool:
+    """Whether the cell would wait for another process, which trains or judges a model that it needs."""
+    return shared_stages.busy(cell.experiment, cell.judged, shared(workdir))
 
 
 def run(cell: AblationCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains what is not there yet, and judges; what ``sweep`` writes of it. workdir: <sweep>/cells/<name>."""
+    """Trains what is not there yet, and judges; what ``sweep`` writes of it. workdir: <sweep>/cells/<name>.
+
+    "train" sums up all stages behind the model, "curves" are of its own ones alone: the last one, or all teachers. "seconds": "train" of
+    its own ones, "shared_train" of those before. Cells with equal train["model"] are of one model: its seconds stand in each of them."""
     del axes
-    cfg, root = cell.experiment, workdir.parent.parent / "shared"
+    cfg, root = cell.experiment, shared(workdir)
     made = shared_stages.train(cfg, cell.judged, root)
     where = shared_stages.folder_of(cfg, cell.judged, root)
     with shared_stages.alone(where):
@@ -71,14 +96,24 @@ def run(cell: AblationCell, axes: dict[str, Any], workdir: pathlib.Path) -> dict
         phases = _facts(made, stage).get("phases", [stage])  # of a recipe: each logs under its own name
         lines[stage] = [line for line in metrics.read(folder) if line["stage"] in phases]
     each = {stage: _trained(cfg, stage, lines[stage], made) for stage in made.stages}
+    own = [stage for stage, folder in made.stages.items() if folder == where]
     won = {d: [task["success"] for task in tasks if task["domain"] == d] for d in cfg.domains}
     rates = ", ".join(f"{d} {100 * sum(x) / max(1, len(x)):.1f} %" for d, x in won.items())
     return {
         "parameters": {"total": total, "active": active},
-        "train": {**{k: sum(e[k] for e in each.values()) for k in ("steps", "tokens", "flops")}, "stages": each, "taught_by": made.chosen},
+        "train": {
+            **{k: sum(e[k] for e in each.values()) for k in ("steps", "tokens", "flops")},
+            "stages": each,
+            "taught_by": made.chosen,
+            "model": where.name,
+        },
+        "against": {"value": cell.against, "unchanged": cell.unchanged},
         "tasks": tasks,
-        "curves": {f"{stage}/{name}": points for stage, own in lines.items() for name, points in curves(own).items()},
-        "seconds": {"train": sum(e["seconds"] for e in each.values())},
+        "curves": {f"{stage}/{name}": points for stage in own for name, points in curves(lines[stage], shown(cfg, stage)).items()},
+        "seconds": {
+            "train": sum(e["seconds"] for stage, e in each.items() if stage in own),
+            "shared_train": sum(e["seconds"] for stage, e in each.items() if stage not in own),
+        },
         "summary": f"success {rates}",
     }
 
@@ -127,8 +162,13 @@ def _facts(made: Trained, stage: str) -> dict[str, Any]:
     return dataclasses.replace(made.setting, workdir=made.stages[stage]).facts(stage)
 
 
-def curves(lines: list[dict[str, Any]], most: int = 100) -> dict[str, list[list[float]]]:
+def shown(cfg: Experiment, stage: str) -> tuple[str, ...]:
+    """The metrics of a stage that say something of the model that it trains, by how their names begin."""
+    return CURVES if stage == "distill" and cfg.distill.rollouts == "teacher" else CURVES + OF_WRITER
+
+
+def curves(lines: list[dict[str, Any]], begins: tuple[str, ...], most: int = 100) -> dict[str, list[list[float]]]:
     """Metric -> [step, value], every n-th so that there are at most so many."""
-    names = sorted({name for line in lines for name in line if name.startswith(CURVES)})
+    names = sorted({name for line in lines for name in line if name.startswith(begins)})
     thinned = lines[:: max(1, -(-len(lines) // most))]
     return {name: [[line["step"], round(line[name], 4)] for line in thinned if name in line] for name in names}

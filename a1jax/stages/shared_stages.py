@@ -6,7 +6,7 @@
     <root>/sft_continued-<hash>/      stages/sft_continued
 
 Whoever needs a stage first trains it under a lock on its folder; others, also other processes on machines that see the folder and lock
-files on it, wait and read. A stage that was stopped goes on from its last checkpoint.
+files on it, wait and read, or do something else as long as it is ``busy``. A stage that was stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -72,6 +72,24 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
                 interruption.point()
                 time.sleep(0.2)
         yield
+
+
+def taken(folder: pathlib.Path) -> bool:
+    """Whether somebody is alone in this folder at this moment."""
+    try:
+        with open(folder / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def busy(cfg: Experiment, judged: Judged, root: pathlib.Path) -> bool:
+    """Whether somebody is at this model or at one that it is trained from, so that ``train`` would wait."""
+    before = {"sft": (), "student": ("sft", "teachers")}.get(judged, ("sft",))
+    return any(taken(folder_of(cfg, name, root)) for name in (*before, judged))
 
 
 def train(cfg: Experiment, judged: Judged, root: pathlib.Path) -> Trained:

@@ -8,7 +8,8 @@
 A start runs the cells of its shard that have no cell.json, one after the other. Shards share nothing but the folder: they may run side
 by side on machines that see it, or one after the other, also cut in another number of shards than before. A cell that was stopped goes on
 as its function knows how to, from what lies in cells/NAME.
-Several starts on one machine need no shards: each takes the next cell that no living process holds (cells/NAME/.lock).
+Several starts on one machine need no shards: each takes the next cell that no living process holds (cells/NAME/.lock). Cells that would
+wait for what another process is making are put off for as long as there are others.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ FORMAT, CELL_FORMAT = "a1jax.sweep/1", "a1jax.cell/1"
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """A cell to be run. run(config, axes, workdir) -> what is written of it but name, axes, machine and commit; it may keep in workdir what
-    it wants to go on from, in a folder ``stages``, which is removed in the end. cost: in any unit, to foretell the time that is left."""
+    it wants to go on from, in a folder ``stages``, which is removed in the end. cost: in any unit, to foretell the time that is left.
+    busy(config, workdir): whether run would wait for another process now; None: it never does."""
 
     name: str
     axes: dict[str, Any]
     config: Any
     run: Callable[[Any, dict[str, Any], pathlib.Path], dict[str, Any]]
     cost: float = 1.0
+    busy: Callable[[Any, pathlib.Path], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,9 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
     facts = {"machine": _machine(entry), "commit": entry["commit"]}
     started, began = time.time(), time.perf_counter()
     print(f"{cfg.name}, shard {cfg.shard}: {len(mine)} of {len(asked[i::n])} cells to run", flush=True)
-    for number, cell in enumerate(mine, 1):
+    waiting = list(mine)
+    for number in range(1, len(mine) + 1):
+        cell = waiting.pop(_next(waiting, workdir))
         since = time.perf_counter()
         with claim(workdir, cell) as free:
             if not free or _failed_since(workdir, cell, started):
@@ -102,6 +107,11 @@ def _time_left(workdir: pathlib.Path, mine: Sequence[Planned], seconds: float) -
     left = sum(cell.cost for cell in mine if not _file(workdir, cell).exists())
     done = sum(cell.cost for cell in mine) - left
     return f"about {seconds / done * left / 60:.0f} min left" if done else "nothing finished yet"
+
+
+def _next(waiting: Sequence[Planned], workdir: pathlib.Path) -> int:
+    """Which of them is to be run: the first that need not wait, else the first, which then waits."""
+    return next((i for i, cell in enumerate(waiting) if not (cell.busy and cell.busy(cell.config, _file(workdir, cell).parent))), 0)
 
 
 def _failed_since(workdir: pathlib.Path, cell: Planned, started: float) -> bool:

@@ -15,8 +15,11 @@
     experts         2 (all of them used) to 32 experts, two of them used: more parameters, as many used; stage 1 only
     active_experts  1, 2, 4 or 8 used of four times as many, of the same width in all; stage 1 only
 
+sft_continued has as many steps as cost what stage 3 costs when every slot of its packed rows is counted, the padding too; a cell's "flops"
+count real tokens alone, so the two differ there.
 Everything else is experiments/quickstart.py's, mode "tail" included; stage 1 and teachers are trained once a seed, and the unchanged
 student, which is a value of most ablations, once. Held-out tasks are the same everywhere: 200 a domain.
+`a1jax report` says of every value by how many points it is off the unchanged one of its ablation, with an interval.
 
 Cost: 24 different models a seed, 14 of them students. An estimate from the quickstart's 414 s on 2 busy cores: a student about 200 s with
 its judging, a model of stage 1 alone 60 s, so about an hour a seed, and :modes or :k a quarter of an hour a seed. Not run yet: there are
@@ -52,7 +55,7 @@ ABLATIONS = {
     "reduction": {name: Value((f'distill.reduction="{name}"',)) for name in ("domain_mean", "sample_mean", "token_mean")},
     "routing": {"hard": Value(), "own_0.8": Value(("distill.own_weight=0.8",)), "uniform": Value(("distill.own_weight=0.5",))},
     "writers": {"student": Value(), "teacher": Value(('distill.rollouts="teacher"',))},
-    "experts": {f"{count}_of_64": experts(count, 2, 64) for count in (2, 4, 8, 16, 32)},
+    "experts": {f"{count}_experts": experts(count, 2, 64) for count in (2, 4, 8, 16, 32)},
     "active_experts": {f"{active}_of_{4 * active}": experts(4 * active, active, 128 // active) for active in (1, 2, 4, 8)},
 }  # fmt: skip
 
@@ -72,6 +75,6 @@ def smoke(cfg: Sweep, base) -> Sweep:
     distill = dataclasses.replace(base.distill, steps=1, prompts=4, rows=2)
     small = dataclasses.replace(base, distill=distill, control=dataclasses.replace(base.control, steps=1))
     picked = {"stages": ("sft", "teachers", "sft_continued", "student"), "modes": ("salient", "full"), "routing": ("hard", "uniform"),
-              "writers": ("student", "teacher"), "experts": ("4_of_64",)}  # fmt: skip
+              "writers": ("student", "teacher"), "experts": ("4_experts",)}  # fmt: skip
     few = {name: {label: ABLATIONS[name][label] for label in labels} for name, labels in picked.items()}
     return dataclasses.replace(cfg, cells=bind(ablation_cell.cells, base=small, ablations=few, seeds=(0,)))

@@ -66,6 +66,18 @@ def test_bars_side_by_side_have_heights_intervals_and_percents():
         assert [t.get_text() for t in axis.get_xticklabels()] == ["p", "q"] and axis.get_xlabel() == "domain"
 
 
+def test_bars_of_differences_go_both_ways_from_zero():
+    rates = Rate(0.125, -0.5, 0.75, 8), Rate(-0.25, -0.375, -0.125, 8)
+    with drawn(Groups("g", "value", "difference", ("p", "q"), {"": rates}, signed=True)) as (axis,):
+        (bars,) = (c for c in axis.containers if hasattr(c, "patches"))
+        assert [bar.get_height() for bar in bars] == [0.125, -0.25] and axis.get_legend() is None
+        low, high = axis.get_ylim()
+        assert -0.8 < low < -0.5 and 0.75 < high < 1.0 and {t.get_text() for t in axis.texts} == {"+12.5", "-25.0"}
+        assert [(0, 0)] == [
+            tuple(line.get_ydata()) for line in axis.get_lines() if set(line.get_ydata()) == {0}
+        ]  # the line of no difference
+
+
 def test_stacked_bars_stand_on_each_other():
     with drawn(Bars("b", "share", ("m", "n"), {"FINISHED": (0.25, 1.0), "FAILED": (0.75, 0.0)})) as (axis,):
         assert [(bar.get_y(), bar.get_height()) for bar in axis.containers[1]] == [(0.25, 0.75), (1.0, 0.0)]

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from a1jax.analysis import sweep_page
+from a1jax.analysis import sweep, sweep_page
 from a1jax.config import ConfigError
 from a1jax.main import main
 from tests.analysis import synthetic_sweep
@@ -45,6 +45,32 @@ def test_a_sweep_over_other_axes_has_bars(tmp_path, read_page):
     found = read_page(sweep_page.write(folder).read_text())
     assert {"report/success_by_setting.csv", "report/success_by_length.csv", "report/training_train_loss.csv"} <= set(found.addresses)
     assert "law" not in found.text
+
+
+def test_a_sweep_of_ablations_says_what_each_value_gives(tmp_path, read_page):
+    folder = synthetic_sweep.write(tmp_path / "s", None, SMALL)
+    for path in (folder / "sweep.json", *folder.glob("cells/*/cell.json")):
+        found = json.loads(path.read_text())
+        axes = found["axes"]
+        found["axes"] = {"ablation": axes["size"], "value": axes["horizon"], "seed": axes["seed"]}
+        if path.name == "sweep.json":
+            found["axes"]["value"] = ["32", "128"]
+        else:
+            found["axes"]["value"] = str(axes["horizon"])
+            found["against"] = {"value": "128", "unchanged": axes["size"] == "m"}
+        path.write_text(json.dumps(found))
+    page = read_page(sweep_page.write(folder).read_text())
+    rows = read_csv(folder / "report/differences.csv")
+    assert [(r["ablation"], r["value"], r["against"], r["domain"]) for r in rows[:1]] == [("s", "32", "128", "all domains")]
+    assert len(rows) == 2 * 3 and {r["seeds"] for r in rows} == {"2"}
+    assert (
+        f"s: 32 against 128 (the first value, as none leaves the experiment as it is): {100 * float(rows[0]['difference']):.1f}"
+        in page.text
+    )
+    assert "m: 32 against 128: " in page.text and "t interval over the seeds' differences" in page.text
+    assert {"report/differences.csv", "report/difference_by_ablation.csv"} <= set(page.addresses) and "law" not in page.text
+    again = sweep.load(folder / "report/sweep.jsonl.gz")  # what is packed keeps what each is compared with
+    assert again.cells[0].against["value"] == "128"
 
 
 def test_without_a_finished_cell_there_is_one_line_of_error(tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_ablations_meet_in_the_unchanged_student_and_differ_elsewhere(planned):
     assert together == {
         ("divergence-reverse", "modes-tail", "reduction-domain_mean", "routing-hard", "stages-student", "writers-student"),
         ("k-full", "modes-full"),
-        ("active_experts-2_of_8", "experts-8_of_64", "stages-sft"),
+        ("active_experts-2_of_8", "experts-8_experts", "stages-sft"),
     }
 
 
@@ -83,16 +83,48 @@ def test_every_value_changes_what_it_says(planned):
         assert cell.config.experiment.seed == cell.axes["seed"]
 
 
+def test_every_ablation_is_compared_with_what_leaves_the_experiment_as_it_is(planned):
+    found = {(c.axes["ablation"], c.config.against, c.config.unchanged) for c in planned.values()}
+    assert found == {
+        ("stages", "student", True), ("k", "8", False), ("modes", "tail", True), ("divergence", "reverse", True),
+        ("reduction", "domain_mean", True), ("routing", "hard", True), ("writers", "student", True), ("experts", "8_experts", True),
+        ("active_experts", "2_of_8", True),
+    }  # fmt: skip
+
+
+def test_curves_of_what_teachers_wrote_say_nothing_of_the_writer(planned):
+    line = {"step": 1, "stage": "distill", "distill/kl": 0.5, "rollout/success/search": 0.9, "rollout/entropy": 0.1, "rollout/seconds": 2.0}
+
+    def names(cell, stage):
+        return set(ablation_cell.curves([line], ablation_cell.shown(planned[cell].config.experiment, stage)))
+
+    assert names("writers-student-s0", "distill") == {"distill/kl", "rollout/success/search", "rollout/entropy"}
+    assert names("writers-teacher-s0", "distill") == {"distill/kl"}
+    assert "rollout/entropy" in names("writers-teacher-s0", "teacher_search")  # a teacher's reinforcement is by its own runs
+
+
+def test_a_cell_is_put_off_while_its_model_is_made_elsewhere(planned, tmp_path):
+    def busy():
+        return {name for name, cell in planned.items() if cell.busy(cell.config, tmp_path / "cells" / name)}
+
+    student = planned["stages-student-s0"].config.experiment
+    with shared_stages.alone(shared_stages.folder_of(student, "student", tmp_path / "shared")):
+        unchanged = {"divergence-reverse", "modes-tail", "reduction-domain_mean", "routing-hard", "stages-student", "writers-student"}
+        assert busy() == {f"{name}-s0" for name in unchanged}
+    assert busy() == set()
+
+
 def test_a_change_that_does_not_fit_names_its_value():
     base = config.load(f"{ROOT}/experiments/quickstart.py")
     with pytest.raises(ConfigError, match="ablations.k.9: distill.kk: no such field"):
         ablation_cell.cells(base, {"k": {"9": Value(("distill.kk=9",))}})
     with pytest.raises(ConfigError, match="seeds is empty"):
         ablation_cell.cells(base, {"k": {"9": Value()}}, seeds=())
+    assert ablation_cell.cells(base, {"k": {}}) == []
 
 
 def test_a_cell_is_trained_judged_and_read_back_where_another_asks_for_the_same(small_experiment, tmp_path, monkeypatch):
-    values = {"stages": {"sft": Value(judged="sft")}, "experts": {"8_of_64": Value(judged="sft"), "other": Value(("seed=1",), "sft")}}
+    values = {"stages": {"sft": Value(judged="sft")}, "experts": {"8_experts": Value(judged="sft"), "other": Value(("seed=1",), "sft")}}
     first, same, other = ablation_cell.cells(small_experiment, values, seeds=(0,))
     assert sweep.run_cell(first, tmp_path, {}).startswith("success search ")
     monkeypatch.setattr(shared_stages.pipeline, "train_sft", None)
@@ -101,7 +133,9 @@ def test_a_cell_is_trained_judged_and_read_back_where_another_asks_for_the_same(
     assert [task["steps"] for task in found["tasks"]] == [1, 1] * 2 and again["tasks"] == found["tasks"]
     assert {task["domain"] for task in found["tasks"]} == {"search", "tool_calling"}
     assert found["train"]["steps"] == 2 and 0 < found["train"]["tokens"] <= 2 * 2 * 96 and found["train"]["flops"] > 0
-    assert again["axes"] == {"ablation": "experts", "value": "8_of_64", "seed": 0}
+    assert set(found["curves"]) == {"sft/ce/loss"} and found["seconds"]["train"] > found["seconds"]["shared_train"] == 0
+    assert found["against"] == {"value": "sft", "unchanged": True} and found["train"]["model"] == again["train"]["model"]
+    assert again["axes"] == {"ablation": "experts", "value": "8_experts", "seed": 0}
     assert "failed" in sweep.run_cell(other, tmp_path, {})  # another seed has to be trained
 
 
@@ -110,6 +144,7 @@ def test_a_student_a_mixture_and_its_teachers_are_cells(small_experiment, tmp_pa
     values = {
         "stages": {"teachers": Value(judged="teachers"), "student": Value()},
         "routing": {"uniform": Value(("distill.own_weight=0.5",))},
+        "writers": {"teacher": Value(('distill.rollouts="teacher"',))},
     }
     cells = {cell.name: cell for cell in ablation_cell.cells(small_experiment, values, seeds=(0,))}
     for cell in cells.values():
@@ -120,7 +155,14 @@ def test_a_student_a_mixture_and_its_teachers_are_cells(small_experiment, tmp_pa
     assert list(found["stages-teachers-s0"]["train"]["stages"]) == stages
     student = found["stages-student-s0"]["train"]
     assert list(student["stages"]) == [*stages, "distill"] and set(student["taught_by"]) == {"search", "tool_calling"}
-    assert "distill/distill/kl" in found["stages-student-s0"]["curves"]
+    seen = {name: {curve.partition("/")[0] for curve in cell["curves"]} for name, cell in found.items()}
+    assert seen.pop("stages-teachers-s0") == set(stages[1:]) and set.union(*seen.values()) == {"distill"}
+    of_student, off_policy = (set(found[f"{name}-s0"]["curves"]) for name in ("stages-student", "writers-teacher"))
+    assert "distill/distill/kl" in off_policy
+    assert of_student - off_policy == {f"distill/rollout/{name}" for name in ("entropy", "success/search", "success/tool_calling")}
+    took = {name: sum(student["stages"][stage]["seconds"] for stage in names) for name, names in (("own", ["distill"]), ("shared", stages))}
+    assert found["stages-student-s0"]["seconds"] == {"train": took["own"], "shared_train": pytest.approx(took["shared"])}
+    assert found["stages-teachers-s0"]["seconds"]["shared_train"] == student["stages"]["sft"]["seconds"]
     each = [found[f"{name}-s0"]["train"]["stages"]["distill"] for name in ("stages-student", "routing-uniform")]
     rates = [one["flops"] / one["tokens"] for one in each]
     assert rates[1] > 1.15 * rates[0]  # scored by two

@@ -63,6 +63,25 @@ def test_only_one_trains_in_a_folder(tmp_path):
     assert order == ["first", "another", "other"]
 
 
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ("sft", {"sft", "teachers", "sft_continued", "student"}),
+        ("teachers", {"teachers", "student"}),
+        ("sft_continued", {"sft_continued"}),
+        ("student", {"student"}),
+    ],
+)
+def test_a_model_is_busy_while_somebody_is_at_it_or_at_what_it_is_trained_from(base, held, expected, tmp_path):
+    def busy():
+        return {judged for judged in folders(base) if shared_stages.busy(base, judged, tmp_path)}
+
+    assert busy() == set() and not list(tmp_path.iterdir())
+    with shared_stages.alone(shared_stages.folder_of(base, held, tmp_path)):
+        assert busy() == expected
+    assert busy() == set()
+
+
 @pytest.mark.slow
 def test_stages_are_those_of_the_pipeline_and_are_read_back(small_experiment, tmp_path, monkeypatch):
     """Bit for bit the models of ``pipeline.run``; a second call trains nothing."""

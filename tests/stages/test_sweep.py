@@ -88,6 +88,19 @@ def test_the_time_that_is_left_counts_what_others_have_finished(tmp_path):
     assert sweep._time_left(tmp_path, cells, 540.0) == "about 3 min left"
 
 
+def test_a_cell_that_would_wait_for_another_process_is_put_off(tmp_path):
+    order = []
+
+    def run(config, axes, workdir):
+        order.append(workdir.name)
+        return {}
+
+    busy = {"a": lambda config, workdir: "c" not in order, "b": lambda config, workdir: config == "for ever"}
+    cells = [Planned(name, {}, "for ever", run, busy=busy.get(name)) for name in "abcd"]
+    assert sweep.run(Sweep("test", bind(sweep.run), bind(lambda: cells)), tmp_path)["finished"] == list("abcd")
+    assert order == ["c", "a", "d", "b"]  # a as soon as it need not wait; b in the end, where it waits by itself
+
+
 def test_only_cells_of_those_names_are_run(tmp_path):
     found = sweep.run(override(sweep_of(), ['only=("cell-a-*", "*-4")']), tmp_path)["finished"]
     assert found == ["cell-a-1", "cell-a-3", "cell-b-4", "cell-a-5"]
