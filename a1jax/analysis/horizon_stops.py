@@ -4,7 +4,7 @@ Success beyond a horizon is compared with success at it, one test a horizon, and
 
 - of seeds (the luck of training): a cell's share of solved tasks less the mean of its grid point, pooled over the points compared, which
   all have the same success where nothing rises; Student's t, as three seeds a point leave few degrees of freedom. Resampled points of
-  three seeds each would say "rises" three times too often;
+  three seeds each say "rises" some three times too often, though stretched by t;
 - of tasks: the difference over ``Law.draws``, the same draw of tasks for all cells.
 
 Each test has LEVEL over the number of tests (Bonferroni): of sizes that no horizon helps, LEVEL at most are said to rise. Several sizes
