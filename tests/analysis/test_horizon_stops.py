@@ -27,7 +27,7 @@ def many(seeds, count=40):
 
 
 def test_the_luck_of_training_is_seldom_taken_for_a_rise():
-    """Without any effect, and half a logit of luck: 160 sizes, of which 4 are to be expected at 2.5 %; more than 10 come once in 500."""
+    """Without any effect, and half a logit of luck: 160 sizes, of which 4 are to be expected at 2.5 %; more than 10 come once in 400."""
     found = [stop for seed in range(4) for stop in horizon.stops(law(NO_EFFECT, many(3), seed))]
     rising = sum(stop.rises is True for stop in found)
     assert len(found) == 160 and all(stop.rises is not None for stop in found) and 1 <= rising <= 10, rising
