@@ -88,3 +88,17 @@ def test_a_size_that_learns_at_another_budget_is_not_called_too_small():
         assert len(said) == 1 and ("so it is not too small" in said[0]) is wanted
     full = horizon.stops(horizon.analyse(of_budget("tokens", 6.0), form=Form(), draws=20))
     assert full[0].sentence.endswith("; little is left to gain.")
+
+
+@pytest.mark.parametrize(("of_each", "rises"), [(6, False), (120, True)])
+def test_few_tasks_show_no_rise_however_alike_the_seeds(of_each, rises):
+    """A sixth of the tasks solved at 32 tokens, another third at 64, by every seed alike."""
+
+    def of(cell):
+        share = {32: (0,), 64: (1, 2)}[cell.axes["horizon"]]
+        return dataclasses.replace(cell, tasks=tuple({**t, "success": int(i % 6 in share)} for i, t in enumerate(cell.tasks)))
+
+    grid = Grid(sizes={"s": (30_000, 16_384)}, horizons=(32, 64), domains=("search",), steps=(2,), of_each=of_each)
+    made = [of(c) for c in synthetic_sweep.read(Law(), grid).cells]
+    (stop,) = horizon.stops(horizon.analyse(made, form=Form(), draws=100))
+    assert stop.success == {32.0: pytest.approx(1 / 6), 64.0: pytest.approx(1 / 3)} and stop.rises is rises
