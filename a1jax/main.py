@@ -303,10 +303,15 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--html", metavar="FILE", help="where to write the page (default: RUN/pages/, for a file nowhere)")
     each.add_argument("--list", action="store_true", help="list the runs that can be read")
     each = commands.add_parser(
-        "report", help="write the page of runs or sweeps", description="Writes RUN/report.html; prints a table of all runs."
+        "report",
+        help="write the page of runs or sweeps",
+        description="Writes RUN/report.html, NAME.report.html of NAME.jsonl.gz; prints a table of all runs.",
     )
     each.add_argument(
-        "runs", metavar="RUN", nargs="+", help="folders of runs or sweeps, finished or not; several seeds of one experiment are pooled"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="folders of runs or sweeps, finished or not, or a sweep in one file; several seeds are pooled",
     )
     return parser
 

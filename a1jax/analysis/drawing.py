@@ -82,15 +82,17 @@ def _look(line: Line, i: int) -> dict[str, Any]:
     place = i if line.place is None else line.place
     style = STYLES[place // len(COLOURS) % len(STYLES)]
     look = {"color": COLOURS[place % len(COLOURS)], "linestyle": style, "linewidth": 1.3, "label": line.label if line.named else "_"}
-    return {**look, "linestyle": "--", "linewidth": 0.9} if line.dashed else look
+    look |= {"markerfacecolor": "white"} if line.hollow else {}
+    return {**look, "linestyle": "--", "linewidth": 0.9} if line.dashed or line.hollow else look
 
 
 def _lines(axis: Any, panel: Panel) -> None:
+    places = sorted({i if line.place is None else line.place for i, line in enumerate(panel.lines) if not line.dashed})
     for i, line in enumerate(panel.lines):
         place = i if line.place is None else line.place
         mark = (panel.whole or len(line.x) < 12) and not line.dashed
         look = _look(line, i) | ({"marker": MARKERS[place % len(MARKERS)], "markersize": 4} if mark else {})
-        x = _apart(line.x, i - (len(panel.lines) - 1) / 2, panel) if panel.whole and not line.dashed else line.x
+        x = _apart(line.x, places.index(place) - (len(places) - 1) / 2, panel) if panel.whole and not line.dashed else line.x
         if line.low:
             axis.errorbar(x, line.y, _ends(line.y, line.low, line.high), **look, elinewidth=0.8, capsize=1.5)
         else:

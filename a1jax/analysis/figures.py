@@ -15,7 +15,7 @@ class Line:
     """One series: y over x, with the ends of its intervals and the runs behind each point where it has any.
 
     place: of its colour and marker among the series of the figure; None: its place in the panel. dashed: drawn thin and without markers, as
-    what is computed and not measured. named: whether the legend has it."""
+    what is computed and not measured. hollow: dashed, with empty markers, as what is extrapolated. named: whether the legend has it."""
 
     label: str
     x: tuple[float, ...]
@@ -26,6 +26,7 @@ class Line:
     place: int | None = None
     dashed: bool = False
     named: bool = True
+    hollow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +140,10 @@ def _of_line(line: Line, before: str = "") -> list[tuple[Any, ...]]:
 
 
 def to_csv(table: list[dict[str, Any]]) -> str:
-    """A table of equal keys as CSV, header first; numbers as Python writes them, so none is rounded."""
+    """A table as CSV, header first: all keys in the order met, empty where a row has not one. Numbers as Python writes them, so none is
+    rounded."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]) if table else list(COLUMNS), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in table for key in row)) or list(COLUMNS), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue()

@@ -13,6 +13,7 @@ warning says where it lies outside.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,10 @@ from .horizon_fit import Form, Score
 from .horizon_law import Law, Prediction, analyse, inside, predict, warning
 from .horizon_rate import Iso, Rate, exchange, iso, without_size
 from .horizon_stops import Stop, stops
-from .sweep import Sweep, rates
+from .sweep import Cell, Sweep, origins, rates
+
+ALIKE = 1.05  # training tokens of cells that differ by less are equal: budgets are rounded to whole steps
+EQUAL = 1.01  # and so are targets
 
 __all__ = [
     "Cost",
@@ -51,6 +55,7 @@ __all__ = [
     "rows",
     "stops",
     "summary",
+    "targets",
     "warning",
     "without_size",
 ]
@@ -64,7 +69,8 @@ def middle(law: Law) -> tuple[float, float]:
 def better_measure(law: Law) -> tuple[str | None, str]:
     """(whether "tokens" or "feedback" predicts held-out runs better, or None where the folds do not agree or there is one measure; why).
 
-    Where a sweep has one feedback for each horizon this compares two spacings of the same few points, on folds that share their tasks."""
+    Where a sweep has one feedback for each horizon (and arm) this compares two spacings of the same few points, on folds that share their
+    tasks, and the sentence says so."""
     best = {m: next((s for s in law.scores if s.form.measure == m and s.form.sizes), None) for m in ("tokens", "feedback")}
     tokens, feedback = best["tokens"], best["feedback"]
     if tokens is None or feedback is None or math.isnan(tokens.held_out):
@@ -74,13 +80,44 @@ def better_measure(law: Law) -> tuple[str | None, str]:
     wins = sum(a > b for a, b in zip(ahead.by_fold, behind.by_fold, strict=True))
     left_out = horizon_fit.folds(law.table)[1]
     text = f"effective feedback {feedback.held_out:.4f}, tokens {tokens.held_out:.4f} nats per run on left-out {left_out}"
+    same = "; feedback follows from the horizon here, so two spacings of the same points are compared" if _follows(law.table) else ""
     if wins < len(ahead.by_fold):
         return (
             None,
-            f"Neither measure fits success over these horizons better in every fold: {text}; {name} in {wins} of {len(ahead.by_fold)}.",
+            f"Neither measure fits success over these horizons better in every fold: {text}; {name} in {wins} of {len(ahead.by_fold)}"
+            f"{same}.",
         )
     long = "Effective feedback" if name == "feedback" else "The horizon in tokens"
-    return name, f"{long} fits success over these horizons better, in all {wins} folds: {text}."
+    return name, f"{long} fits success over these horizons better, in all {wins} folds: {text}{same}."
+
+
+def _follows(t: horizon_fit.Table) -> bool:
+    """Whether feedback is a function of the horizon and the arm alone: whatever else differs, it is the same."""
+    of_place: dict[tuple, float] = {}
+    places = [(h, repr(cell.axes.get("arm"))) for h, cell in zip(t.tokens, t.cells, strict=True)]
+    firsts = [of_place.setdefault(place, value) for place, value in zip(places, t.feedback, strict=True)]
+    return bool(np.allclose(firsts, t.feedback, rtol=1e-6, atol=0.0))
+
+
+def targets(cells: Sequence[Cell]) -> str:
+    """How many targets (tokens that the loss looks at, ``train.supervised``) cells of different horizons get of equal training tokens: one
+    sentence; "" where their tokens differ by more than ALIKE or no cell says its targets."""
+    silent = sum(not isinstance(c.train.get("supervised"), (int, float)) for c in cells)
+    tokens = [c.train.get("tokens", 0) for c in cells]
+    if silent == len(cells) or min(tokens) <= 0 or max(tokens) > ALIKE * min(tokens):
+        return ""
+    if silent:
+        return f"{silent} of {len(cells)} cells do not say how many of their tokens were targets: horizons are not compared by them."
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        found.setdefault(cell.axes.get("horizon", cell.train.get("longest_piece")), []).append(cell.train["supervised"])
+    means = {h: sum(of) / len(of) for h, of in found.items()}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    head = f"At equal tokens ({sum(tokens) / len(tokens):,.0f} a cell) the targets, tokens that the loss looks at, are"
+    if means[high] < EQUAL * means[low]:
+        return f"{head} as many at every horizon, {means[high]:,.0f}."
+    ends = f"fewest at H = {low:g}, {means[low]:,.0f}, and most at H = {high:g}, {means[high]:,.0f}"
+    return f"{head} {ends} (means over the cells of a horizon)."
 
 
 def beyond_tasks(law: Law) -> str:
@@ -114,9 +151,10 @@ def misses(law: Law) -> tuple[int, int]:
     return sum(found), len(found)
 
 
-def summary(found: Sweep, draws: int = 400, targets: tuple[float, ...] = (0.5,)) -> list[str]:
-    """What the sweep says, in sentences, each budget (and arm) by itself."""
+def summary(found: Sweep, draws: int = 400, successes: tuple[float, ...] = (0.5,)) -> list[str]:
+    """What the sweep says, in sentences, each budget (and arm) by itself. successes: what costs are asked for."""
     said = [f"Sweep {found.name}: {len(found.cells)} cells finished, {len(found.failed)} failed, {len(found.missing)} missing."]
+    said += filter(None, [origins(found.cells)])
     said += [f"Failed: {f.name}: {f.error}" for f in found.failed]
     parts = _parts(found)
     for name, cells in parts.items():
@@ -126,7 +164,7 @@ def summary(found: Sweep, draws: int = 400, targets: tuple[float, ...] = (0.5,))
         except ConfigError as error:
             said.append(f"{head}No law: {error}.")
             continue
-        said += [head + line for line in _of_law(law, targets)]
+        said += [head + line for line in _of_law(law, successes, _other_budgets(found, cells))]
     return said
 
 
@@ -139,16 +177,25 @@ def _parts(found: Sweep) -> dict[str, list]:
     return parts
 
 
-def _of_law(law: Law, targets: tuple[float, ...]) -> list[str]:
+def _other_budgets(found: Sweep, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that differ from these in their budget alone (and in size, horizon and seed)."""
+    rest = {k: v for k, v in cells[0].axes.items() if k not in ("size", "horizon", "seed")}
+    if "budget" not in rest:
+        return []
+    alike = [c for c in found.cells if all(c.axes.get(k) == v for k, v in rest.items() if k != "budget")]
+    return [c for c in alike if c.axes.get("budget") not in (None, rest["budget"])]
+
+
+def _of_law(law: Law, successes: tuple[float, ...], elsewhere: Sequence[Cell]) -> list[str]:
     best = law.scores[0]
     score = "" if math.isnan(best.held_out) else f" ({best.held_out:.4f} nats per held-out run; without the horizon {_without(law)})"
     said = [f"The law of {law.form} over {len(law.table.cells)} cells and {int(law.table.counts[1].sum())} runs{score}."]
     said += [f"Note: {note}." for note in law.notes]
     missed, points = misses(law)
     said.append(f"The law lies outside the Wilson interval of {missed} of {points} points (one in twenty is chance).")
-    said += [better_measure(law)[1], beyond_tasks(law), exchange(law, *middle(law)).sentence]
-    said += [s.sentence for s in stops(law)]
-    for target in targets:
+    said += [better_measure(law)[1], beyond_tasks(law), exchange(law, *middle(law)).sentence, *filter(None, [targets(law.table.cells)])]
+    said += [s.sentence for s in stops(law, elsewhere=elsewhere)]
+    for target in successes:
         try:
             said.append(costs(law, target).sentence)
         except ConfigError as error:

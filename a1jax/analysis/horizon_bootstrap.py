@@ -13,7 +13,9 @@ grid points have one seed or two, their cells are also drawn from among all such
 is then what cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of
 steps, the same draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for
 small k (Rao and Wu, 1988, "Resampling inference with complex survey data"). The deviations of the refitted coefficients are stretched by
-Student's t over the normal quantile, for the few degrees of freedom that few seeds leave.
+Student's t over the normal quantile, for the few degrees of freedom that few seeds leave. They are fewer still for one slope, which hangs
+on the grid's outer points: of 3 x 3 points and three seeds, with luck that outweighs chance, intervals of the rate that say 95 % held it
+in 87 % of 340 made-up sweeps.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..config import ConfigError
 from . import horizon
 from .figures import Figure, Line, Panel
-from .horizon import Law
+from .horizon import Law, Rate
 from .horizon_bootstrap import Draws
 from .horizon_plots import HORIZON, SIZE, H, Row, facets, points, sized, split, told
 from .sweep import Sweep, where
@@ -19,6 +20,12 @@ from .sweep import Sweep, where
 TARGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
 BEYOND = 2.0  # times the grid's ends that isolines are followed to
 FINE = 97  # points of a curve
+KINDS = {  # of draws (horizon_bootstrap)
+    "seeds": "resampled seeds",
+    "cells": "resampled cells (where a point has few seeds)",
+    "tasks": "resampled tasks",
+    "chance": "the chance of single runs (the fit's curvature)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,8 @@ def curves(law: Law, rows: Sequence[Row]) -> dict[str, Line]:
 
 
 def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
-    """How many times the parameters a doubling of the horizon is worth at each size and horizon of the grid, with its 95 % interval."""
+    """How many times the parameters a doubling of the horizon is worth at each size and horizon, with its 95 % interval; hollow and dashed
+    where no cells are around that size and horizon together."""
     panels, none = [], []
     for values, law in fitted.laws.items():
         mine = [row for row in rows if fitted.of(row) == values]
@@ -97,31 +105,50 @@ def exchange_rate(rows: Sequence[Row], fitted: Fitted) -> Figure:
         if not law.form.interaction:  # one rate everywhere
             sizes = {"every size": float(np.exp2(np.log2(law.table.active).mean()))}
         x = sorted({row[HORIZON] for row in mine})
-        lines, lost = [], 0
+        lines, lost, beyond = [], 0, 0
         for place, (label, active) in enumerate(sizes.items()):
             every = [horizon.exchange(law, active, h) for h in x]
             rates = [rate for rate in every if rate.bounded and math.isfinite(rate.value)]
             lost += len(every) - len(rates)
-            ends = tuple(r.low for r in rates), tuple(r.high for r in rates)
-            lines.append(Line(label, tuple(r.horizon for r in rates), tuple(r.value for r in rates), *ends, place=place))
-        lines = [line for line in lines if line.x]
+            beyond += sum(not rate.inside for rate in rates)
+            lines += _stretches(label, rates, place)
         if not lines:
             none.append(told(fitted.over, values) or "all tasks")
             continue
-        note = f"{lost} points not shown: there size does not help beyond doubt" if lost else ""
+        notes = [f"{lost} points not shown: there size does not help beyond doubt"] if lost else []
+        notes += [f"hollow, dashed: {beyond} points outside the grid, extrapolated"] if beyond else []
         title = f"{told(fitted.over, values) or 'all tasks'} ({len(law.table.cells)} cells)"
         unit = "worth of a doubling of H (times the parameters, log scale)"
         level = 1.0, "worth nothing"
-        panels.append(Panel(title, H, unit, tuple(lines), True, whole=True, log_x=True, level=level, note=note))
+        panels.append(Panel(title, H, unit, tuple(lines), True, whole=True, log_x=True, level=level, note="\n".join(notes)))
     limits = _limits([line for panel in panels for line in panel.lines])
     panels = [dataclasses.replace(panel, limits=limits) for panel in panels]
     caption = (
         "2 to the power of (slope of log2 H / slope of log2 N) of the fitted law; above 1 a longer horizon stands in for parameters. "
-        "Thin bars are 95 % bootstrap intervals, the wider of resampled seeds and tasks; one that leaves the panel may have no end."
+        f"Thin bars are 95 % intervals, on each side the widest of {_kinds(fitted)}; one that leaves the panel may have no end."
     )
+    if any(line.hollow for panel in panels for line in panel.lines):
+        caption += " Hollow and dashed: outside the grid of the cells, extrapolated by the law."
     if none:
         caption += f" Not shown, as size does not help there beyond doubt: {'; '.join(none)}."
     return Figure("exchange_rate", "Exchange rate of horizon for parameters", caption, tuple(panels))
+
+
+def _stretches(label: str, rates: Sequence[Rate], place: int) -> list[Line]:
+    """A size's rates by ascending horizon, cut where they leave the grid or enter it; hollow outside. The legend has the first inside."""
+    lines = []
+    for inside, group in itertools.groupby(rates, key=lambda rate: rate.inside):
+        of = list(group)
+        columns = (tuple(getattr(rate, name) for rate in of) for name in ("horizon", "value", "low", "high"))
+        lines.append(Line(label if inside else f"{label}, outside the grid", *columns, place=place, named=False, hollow=not inside))
+    first = next((i for i, line in enumerate(lines) if not line.hollow), 0)
+    return [dataclasses.replace(line, named=i == first) for i, line in enumerate(lines)]
+
+
+def _kinds(fitted: Fitted) -> str:
+    """What the laws' intervals hold, in words."""
+    found = [words for kind, words in KINDS.items() if any(kind in law.draws.over for law in fitted.laws.values())]
+    return f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else "".join(found) or "nothing"
 
 
 def _limits(lines: Sequence[Line]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -183,6 +184,18 @@ def where(cells: Iterable[Cell], **axes: Any) -> tuple[Cell, ...]:
             raise ConfigError(f"no cell has an axis {axis!r}{suggest(axis, known)}; axes are {', '.join(known)}")
     wanted = {axis: value if isinstance(value, (list, tuple)) else (value,) for axis, value in axes.items()}
     return tuple(cell for cell in cells if all(axis in cell.axes and cell.axes[axis] in values for axis, values in wanted.items()))
+
+
+def origins(cells: Sequence[Cell], least: int = 2) -> str:
+    """Which commits and machines cells come from, with their counts, most first: one sentence; "" where there are fewer than ``least`` of
+    each. A cell that does not say is of an unknown one."""
+    told = []
+    for kind, plural, values in (("commit", "commits", [c.commit[:7] for c in cells]), ("machine", "machines", [c.machine for c in cells])):
+        counts = Counter(value or "unknown" for value in values).most_common()
+        if len(counts) >= least:
+            each = "; ".join(f"{n} of {value}" for value, n in counts)
+            told.append(f"{len(counts)} {plural if len(counts) > 1 else kind} ({each})")
+    return f"Cells come from {' and '.join(told)}." if told else ""
 
 
 def rates(cells: Iterable[Cell], by: Sequence[str] = ("size", "horizon", *OF_TASKS)) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """report.html of a sweep, finished or running: its cells, what they say and the figures, with every number as CSV in ``report/``, and the
-whole sweep as one file that ``sweep.load`` reads."""
+whole sweep as one file that ``sweep.load`` reads. Of such a file, NAME.jsonl.gz, it is NAME.report.html with NAME.report/ beside it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,36 @@ TOLD = {  # table behind the findings -> what stands over it
     "law": "Success by size, horizon, domain and task length, observed and by the law:",
     "differences": ablation_differences.HOW,
 }
-TRAINED = ("tokens", "flops", "longest_piece", "mean_piece", "feedback")
+TRAINED = ("tokens", "supervised", "flops", "longest_piece", "mean_piece", "feedback")
+PACKED = ".jsonl.gz"
 
 
-def is_sweep(folder: pathlib.Path) -> bool:
-    return (pathlib.Path(folder) / PLAN).is_file()
+def is_sweep(place: pathlib.Path) -> bool:
+    """Whether it is the folder of a sweep, or a file, which can be nothing else."""
+    place = pathlib.Path(place)
+    return place.is_file() or (place / PLAN).is_file()
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
-    """Writes the page and its CSV files; the page's path. Raises ConfigError for a folder without a finished cell."""
-    folder = pathlib.Path(folder)
-    sweep = sweeps.load(folder)
+def write(place: pathlib.Path) -> pathlib.Path:
+    """Writes the page and its CSV files; the page's path. place: a sweep's folder or file.
+
+    Raises ConfigError where it is none, and for one without a finished cell."""
+    place = pathlib.Path(place)
+    sweep, packed = sweeps.load(place), place.is_file()
+    folder = place.parent if packed else place
+    before = f"{place.name.removesuffix(PACKED)}." if packed else ""
+    tables_in = f"{before}{page.FOLDER}"
     if not sweep.cells:
         why = f"; {sweep.failed[0].name} failed: {sweep.failed[0].error}" if sweep.failed else ""
         count = len(sweep.failed) + len(sweep.missing)
-        raise ConfigError(f"{folder}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
+        raise ConfigError(f"{place}: none of the sweep's {count} cells is finished, there is nothing to report yet{why}")
     findings, drawn, refused, behind = _of(sweep)
     tables = {"cells": cell_rows(sweep), "points": horizon_plots.points(sweep), **{f.name: figures.rows(f) for f in drawn}}
     tables |= behind
     for name, table in tables.items():
-        page.put(folder / page.FOLDER / f"{name}.csv", figures.to_csv(table))
-    sweeps.pack(folder, folder / page.FOLDER / "sweep.jsonl.gz")
+        page.put(folder / tables_in / f"{name}.csv", figures.to_csv(table))
+    if not packed:
+        sweeps.pack(folder, folder / page.FOLDER / f"sweep{PACKED}")
     text = page.template("sweep.html.jinja").render(
         name=sweep.name,
         axes=sweep.axes,
@@ -51,12 +60,14 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         refused=refused,
         behind={name: TOLD[name] for name in behind},
         figures=[(figure, page.image(figure)) for figure in drawn],
-        told=provenance.read(folder),
+        told={} if packed else provenance.read(folder),
+        packed=packed,
+        origins=sweeps.origins(sweep.cells, 1 if packed else 2),
         results={},
-        folder=page.FOLDER,
+        folder=tables_in,
     )
-    page.put(folder / page.FILE, text)
-    return folder / page.FILE
+    page.put(folder / f"{before}{page.FILE}", text)
+    return folder / f"{before}{page.FILE}"
 
 
 def _of(sweep: Sweep) -> tuple[list[str], list[figures.Figure], tuple[str, ...], dict[str, list[dict[str, Any]]]]:

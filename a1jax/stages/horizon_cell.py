@@ -238,7 +238,8 @@ def about_pieces(cut: Sequence[tuple[int, Piece]]) -> dict[str, float]:
 
 
 def mean_feedback(cell: HorizonCell, tokenizer: Tokenizer) -> float:
-    """Effective feedback (arXiv 2605.29682, see domains/feedback.py) in a piece over what its run has, mean over the pieces."""
+    """Effective feedback (arXiv 2605.29682, see domains/feedback.py) in a piece over what its run has, mean over the pieces: a
+    function of the runs, the horizon and the arm, the same for every size and budget."""
     shares = []
     for index, family in enumerate(cell.families.values()):
         for _, run, example in pool(family, index, tuple(sorted(cell.runs.items())), cell.seed, tokenizer):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from a1jax.analysis import horizon, horizon_fit, sweep
+from a1jax.analysis.horizon import Form, Score
 from a1jax.analysis.horizon_law import total_of
 from a1jax.config import ConfigError
 from a1jax.models import config, flops
@@ -148,6 +149,7 @@ def test_feedback_can_be_the_measure():
     by = horizon.analyse(cells(Law(by="feedback"), Grid(of_each=20), 1), measure="best", draws=100)
     assert by.form.measure == "feedback" and horizon.better_measure(by)[0] == "feedback"
     assert "Effective feedback fits success over these horizons better, in all 3 folds" in horizon.better_measure(by)[1]
+    assert "spacings" not in horizon.better_measure(by)[1]  # here every cell has its own feedback
     rate = horizon.exchange(by, *horizon.middle(by))
     assert rate.value > 1 and "effective feedback" in rate.sentence and rate.inside
     tokens = horizon.analyse(cells(Law(), Grid(of_each=20), 1), draws=50)
@@ -157,6 +159,26 @@ def test_feedback_can_be_the_measure():
     unknown = [dataclasses.replace(c, train={}) for c in cells(grid=SMALL)]
     with pytest.raises(ConfigError, match="measure 'feedback': 27 of 27 cells do not say"):
         horizon.analyse(unknown, measure="feedback")
+
+
+def test_of_a_feedback_that_follows_from_horizon_and_arm_it_is_said():
+    """Real cells of one horizon differ in the last digits."""
+
+    def of(cell, arm):
+        feedback = 2.0 if arm == "solvable" else math.sqrt(cell.axes["horizon"] / 32) * (1 + 1e-13 * cell.axes["seed"])
+        return dataclasses.replace(cell, axes={**cell.axes, "arm": arm}, train={**cell.train, "feedback": feedback})
+
+    found = [of(c, arm) for arm in ("consults", "solvable") for c in cells(grid=SMALL, seed=1)]
+    alone = [c for c in found if c.axes["arm"] == "consults"]
+    clause = "; feedback follows from the horizon here, so two spacings of the same points are compared."
+    for chosen in (alone, found):
+        by = horizon.analyse(chosen, draws=5)
+        assert horizon.better_measure(by)[1].endswith(clause)
+        scores = (Score(Form(), -0.5, (-0.5, -0.5)), Score(Form(measure="feedback"), -0.6, (-0.4, -0.8)))
+        unsure = horizon.better_measure(dataclasses.replace(by, scores=scores))
+        assert unsure[0] is None and unsure[1].startswith("Neither measure fits") and unsure[1].endswith(f"tokens in 1 of 2{clause}")
+    odd = [dataclasses.replace(c, train={**c.train, "feedback": 0.5}) if i == 4 else c for i, c in enumerate(alone)]
+    assert "spacings" not in horizon.better_measure(horizon.analyse(odd, draws=5))[1]
 
 
 # --- where the trade stops
@@ -181,7 +203,7 @@ def test_where_the_trade_stops():
     shares = {"s": [0.1, 0.1, 0.1, 0.1], "m": [0.2, 0.4, 0.7, 0.7], "l": [0.3, 0.5, 0.7, 0.95]}
     success = {(size, h): share for size, row in shares.items() for h, share in zip((32, 64, 128, 256), row, strict=True)}
     small, middle, large = horizon.stops(horizon.analyse(counted(success), draws=200))
-    assert (small.size, small.stop, small.rises) == ("s", 32.0, False) and "may be too small" in small.sentence
+    assert (small.size, small.stop, small.rises) == ("s", 32.0, False) and "it may be too small or trained too little" in small.sentence
     assert (middle.stop, middle.rises, middle.whole, middle.longest) == (128.0, True, True, 100.0)
     assert "ends where a row holds them whole" in middle.sentence
     assert (large.stop, large.rises) == (None, True) and "still rises at the grid's end" in large.sentence
@@ -287,6 +309,38 @@ def test_a_sweep_in_sentences_and_rows(tmp_path):
         "size": "s", "horizon": 32, "budget": "tokens", "domain": "search", "steps": 2, "active": 16_384, "n": 24, "inside": True,
     }  # fmt: skip
     assert all(row["law_low"] < row["law"] < row["law_high"] for row in rows) and sum(row["n"] for row in rows) == 52 * 24
+
+
+def supervised(cells, share):
+    return [dataclasses.replace(c, train={**c.train, "supervised": share(c) * c.train["tokens"]}) for c in cells]
+
+
+def test_how_many_targets_horizons_get_of_equal_tokens():
+    """Of a million tokens 0.4 at 32, 0.5 at 64 and 0.45 at 128 are targets, 0.01 more in one seed of three at 32."""
+    shares = {32: 0.4, 64: 0.5, 128: 0.45}
+    made = supervised(cells(grid=SMALL), lambda c: shares[c.axes["horizon"]] + 0.01 * (c.axes["seed"] == 1) * (c.axes["horizon"] == 32))
+    said = (
+        "At equal tokens (1,000,000 a cell) the targets, tokens that the loss looks at, are fewest at H = 32, 403,333, and most at H = 64, "
+    )
+    assert horizon.targets(made) == said + "500,000 (means over the cells of a horizon)."
+    assert horizon.targets(made) in horizon.summary(sweep.Sweep("s", {}, tuple(made)), draws=5)
+    even = horizon.targets(supervised(made, lambda c: 0.5))
+    assert even.endswith("are as many at every horizon, 500,000.")
+    assert horizon.targets(cells(grid=SMALL)) == ""  # none says
+    flops = supervised(cells(grid=dataclasses.replace(SMALL, budgets=("flops",))), lambda c: 0.5)
+    assert horizon.targets(flops) == ""  # no equal tokens
+    old = [
+        dataclasses.replace(c, train={k: v for k, v in c.train.items() if k != "supervised"}) if i < 2 else c for i, c in enumerate(made)
+    ]
+    assert horizon.targets(old) == "2 of 27 cells do not say how many of their tokens were targets: horizons are not compared by them."
+
+
+def test_the_summary_says_which_commits_and_machines_cells_are_from():
+    made = cells(grid=SMALL)
+    assert not any("come from" in line for line in horizon.summary(sweep.Sweep("s", {}, made), draws=5))
+    mixed = [dataclasses.replace(c, commit="1234567890" if i < 5 else "") for i, c in enumerate(made)]
+    said = horizon.summary(sweep.Sweep("s", {}, tuple(mixed)), draws=5)
+    assert said[1] == "Cells come from 2 commits (22 of unknown; 5 of 1234567)."
 
 
 def test_a_sweep_without_cells_says_so():

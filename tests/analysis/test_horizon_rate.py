@@ -96,6 +96,11 @@ def test_intervals_hold_the_known_rate_as_often_as_they_say():
     assert 0.90 <= covered(Law(), SMALL, 100) <= 0.99
 
 
+def test_intervals_hold_it_with_luck_in_training():
+    """Of 40 sweeps 38 are to be expected, fewer than 34 once in 300. Without the draws of seeds it is 27. More grids: below, -m slow."""
+    assert covered(Law(cells=0.5), Grid(domains=("search",), of_each=16), 40) >= 0.85
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "grid"),

@@ -1,5 +1,6 @@
 """The law's figures show what the law says: made-up sweeps, whose law is known."""
 
+import dataclasses
 import math
 
 import matplotlib.pyplot as plt
@@ -102,3 +103,41 @@ def test_without_an_effect_of_size_there_is_no_rate_and_what_has_no_end_leaves_t
     ends = [tuple(segment[:, 1]) for segment in drawn.axes[0].collections[0].get_segments()]
     assert ends[0][1] > 1e5 and ends[1] == (2.0, 4.0) and drawn.axes[0].get_ylim() == (0.8, 5.0)
     plt.close(drawn)
+
+
+def test_rates_outside_the_grid_are_hollow_and_dashed_and_said():
+    """The largest size is missing above 64 tokens: its rates at 128 and 256 are the law's alone."""
+    sweep = synthetic_sweep.read(Law(interaction=0.3), Grid(of_each=12))
+    kept = [c for c in sweep.cells if c.axes["size"] != "l" or c.axes["horizon"] <= 64]
+    sweep = dataclasses.replace(sweep, cells=tuple(kept))
+    fitted = law_plots.fit(sweep)
+    figure = law_plots.exchange_rate(horizon_plots.points(sweep), fitted)
+    (panel,) = figure.panels
+    law = fitted.laws[()]
+    assert law.form.interaction
+    for line in panel.lines:
+        active = {"xs": 8_192, "s": 16_384, "m": 32_768, "l": 65_536}[line.label.split()[0]]
+        assert {horizon.exchange(law, active, h).inside for h in line.x} == {not line.hollow}
+    ends = [(line.label, line.x, line.named, line.place) for line in panel.lines if line.label.startswith("l ")]
+    assert ends == [("l (65.5K)", (32.0, 64.0), True, 3), ("l (65.5K), outside the grid", (128.0, 256.0), False, 3)]
+    assert panel.note.endswith("hollow, dashed: 2 points outside the grid, extrapolated") and "extrapolated" in figure.caption
+    assert [row["x"] for row in figures.rows(figure) if row["series"].endswith("outside the grid")] == [128, 256]
+    drawn = drawing.build(figure)
+    hollow = [line for line in drawn.axes[0].get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_markerfacecolor() for line in hollow] == ["white"] and hollow[0].get_marker() != "None"
+    solid = next(line for line in drawn.axes[0].get_lines() if line.get_linestyle() == "-" and line.get_color() == hollow[0].get_color())
+    assert hollow[0].get_xdata()[0] / solid.get_xdata()[0] == pytest.approx(4) and len(drawn.legends[0].texts) == 4
+    assert any("outside the grid" in text.get_text() for text in drawn.axes[0].texts)
+    plt.close(drawn)
+
+
+def test_the_caption_names_all_that_an_interval_covers(made):
+    sweep, fitted = made
+    caption = law_plots.exchange_rate(horizon_plots.points(sweep), fitted).caption
+    assert "widest of resampled seeds, resampled tasks and the chance of single runs (the fit's curvature);" in caption
+    alone = synthetic_sweep.read(Law(), Grid(seeds=(0,)))
+    caption = law_plots.exchange_rate(horizon_plots.points(alone), law_plots.fit(alone)).caption
+    assert (
+        "widest of resampled cells (where a point has few seeds), resampled tasks and the chance" in caption
+        and "hollow" not in caption.lower()
+    )

@@ -95,6 +95,16 @@ def test_cells_are_chosen_by_their_axes():
         sweep.where(cells, horizn=32)
 
 
+def test_where_cells_come_from():
+    cells = synthetic_sweep.read(Law(), SMALL).cells
+    assert sweep.origins(cells) == "" and sweep.origins(()) == ""
+    assert sweep.origins(cells, 1) == "Cells come from 1 commit (16 of 0000000) and 1 machine (16 of made up)."
+    mixed = [dataclasses.replace(c, machine="2 cores, x" if i % 4 else "", commit="abcdefgh" * (i > 0)) for i, c in enumerate(cells)]
+    both = "Cells come from 2 commits (15 of abcdefg; 1 of unknown) and 2 machines (12 of 2 cores, x; 4 of unknown)."
+    assert sweep.origins(mixed) == both
+    assert sweep.origins([dataclasses.replace(c, commit="") for c in mixed]).startswith("Cells come from 2 machines (12")
+
+
 def cell(size, horizon, wins):
     tasks = [
         {"domain": "search", "steps": s, "task_id": f"{s}-{i}", "success": w} for s, several in wins.items() for i, w in enumerate(several)

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 
 import pytest
@@ -71,6 +72,47 @@ def test_a_sweep_of_ablations_says_what_each_value_gives(tmp_path, read_page):
     assert {"report/differences.csv", "report/difference_by_ablation.csv"} <= set(page.addresses) and "law" not in page.text
     again = sweep.load(folder / "report/sweep.jsonl.gz")  # what is packed keeps what each is compared with
     assert again.cells[0].against["value"] == "128"
+
+
+def test_a_sweep_in_one_file_has_its_page_beside_it(tmp_path, capsys, read_page):
+    folder = synthetic_sweep.write(tmp_path / "s", None, SMALL, missing=["m-128-1-tokens"])
+    file = sweep.pack(folder, tmp_path / "kept.jsonl.gz")
+    before = set(tmp_path.iterdir())
+    assert main(["report", str(file)]) == 0 and capsys.readouterr().out == f"{tmp_path}/kept.report.html\n"
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "kept.report.html", tmp_path / "kept.report"}
+    found = read_page((tmp_path / "kept.report.html").read_text())
+    assert "7 of 8 cells finished, 1 not run yet" in found.text and "What it says" in found.text
+    assert "Cells come from 1 commit (7 of 0000000) and 1 machine (7 of made up)." in found.text
+    named = [a for a in found.addresses if a.endswith(".csv")]
+    assert len(named) == found.tags.count("img") + 3 and all((tmp_path / a).is_file() for a in named)
+    assert [r["state"] for r in read_csv(tmp_path / "kept.report/cells.csv")] == [*["finished"] * 7, "not run yet"]
+
+
+def test_a_file_that_is_no_sweep_gives_one_line(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"task_id": "a"}\n'))
+    assert main(["report", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "runs.jsonl.gz: its first line is no plan" in error and list(tmp_path.iterdir()) == [file]
+
+
+def test_cells_of_several_commits_of_which_some_say_their_targets(tmp_path, read_page):
+    """The means of a point are of all its cells or there are none."""
+    folder = synthetic_sweep.write(tmp_path / "s", None, SMALL)
+    for path in folder.glob("cells/m-*/cell.json"):
+        cell = json.loads(path.read_text())
+        cell["train"]["supervised"] = 1000 if "-32-" in path.parent.name else 2000
+        cell["commit"] = "1111111222"
+        if path.parent.name != "m-128-1-tokens":
+            path.write_text(json.dumps(cell))
+    found = read_page(sweep_page.write(folder).read_text())
+    assert found.text.count("Cells come from 2 commits (5 of 0000000; 3 of 1111111).") == 2  # said, and where numbers come from
+    points = read_csv(folder / "report/points.csv")
+    assert [(r["size"], r["horizon"], r["supervised"]) for r in points] == [
+        ("s", "32", ""), ("s", "128", ""), ("m", "32", "1000.0"), ("m", "128", ""),
+    ]  # fmt: skip
+    assert {r["cell"]: r["supervised"] for r in read_csv(folder / "report/cells.csv")}["m-128-0-tokens"] == "2000"
+    assert "5 of 8 cells do not say how many of their tokens were targets" in found.text
 
 
 def test_without_a_finished_cell_there_is_one_line_of_error(tmp_path, capsys):
