@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -37,6 +38,19 @@ class Law:
         return len(self.table.domains) + names.index(name)
 
 
+class _These:
+    """Cells as a key: the same objects in the same order."""
+
+    def __init__(self, cells: Sequence[Cell]):
+        self.cells = tuple(cells)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.cells)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _These) and tuple(map(id, self.cells)) == tuple(map(id, other.cells))
+
+
 def analyse(
     cells: Sequence[Cell],
     measure: Literal["tokens", "feedback", "best"] = "tokens",
@@ -48,7 +62,13 @@ def analyse(
     """The law of these cells; select them first where a sweep has several budgets or arms.
 
     measure: what the horizon is counted in; with "best" whatever predicts held-out runs better. form: None takes the best of the measure.
-    Raises ConfigError for cells that cannot be fitted."""
+    The last few are kept: figures, tables and sentences ask for the same ones. Raises ConfigError for cells that cannot be fitted."""
+    return _analyse(_These(cells), measure, form, draws, seed, ridge)
+
+
+@functools.lru_cache(maxsize=8)
+def _analyse(these: _These, measure: str, form: Form | None, draws: int, seed: int, ridge: float) -> Law:
+    cells = these.cells
     t = horizon_fit.table(cells)
     scores, notes = horizon_fit.choose(t, ridge)
     others = sorted({a for c in cells for a in c.axes if len({repr(d.axes.get(a)) for d in cells}) > 1} - {"size", "horizon", "seed"})

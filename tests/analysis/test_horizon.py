@@ -354,3 +354,12 @@ def test_the_law_has_the_best_form_of_its_measure(law):
     tokens = [s.form for s in law.scores if s.form.measure == "tokens" and s.form.sizes]
     assert law.form == tokens[0] and law.slope("tokens") == 3
     assert horizon_fit.rows(law.table, law.form, law.scale).shape[1] == len(law.beta)
+
+
+def test_a_law_is_fitted_once_for_the_same_cells_and_again_for_others():
+    made = cells(grid=Grid(of_each=4))
+    law = horizon.analyse(made, draws=5)
+    assert horizon.analyse(list(made), draws=5) is law and horizon.analyse(made, draws=6) is not law
+    assert horizon.analyse(made[1:], draws=5) is not law and horizon.analyse(made[::-1], draws=5) is not law
+    same = tuple(dataclasses.replace(cell) for cell in made)  # equal, but somebody might change one of them
+    np.testing.assert_array_equal(horizon.analyse(same, draws=5).beta, law.beta)
