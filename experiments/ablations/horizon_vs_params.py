@@ -10,37 +10,46 @@ for two budgets (equal training tokens, equal training FLOPs) and two arms: long
 curriculum, optimizer and held-out tasks; see a1jax/stages/horizon_cell.py. A step of search costs 24 tokens, a run of n steps 28 + 24 n.
 Every run numbers its steps from anywhere in 1 .. 48 on 64 pages: no token is unknown to a cell that sees short runs only. 195 cells.
 
-Measured so far: 107 of the 195 cells, beside this file as horizon_vs_params.jsonl.gz (``a1jax.analysis.sweep.load``); commit b7f7ee9,
-seed 0 whole, 42 cells of seed 1, none of seed 2. 101 of them on one machine with an H100 and 16 cores (jax 0.11.2, float32 products in
-full): 470 s with 4 processes on the GPU, 11 on the cores and another job, then 325 s with 13 on the GPU and 2 on the cores; 6 on 2 CPU
-cores (jax 0.10.2). A process on the GPU trained 59,000 to 69,000 tokens/s where four shared it and 25,000 to 41,000 where thirteen did,
-one on a core of that machine 7,000 to 9,000 (nano_48 and nano_32, 15 at once): the whole grid, 359M tokens, is about 15 minutes of that
-GPU.
-:gpu (325 cells, some 2 billion tokens) would be eight or nine pieces of ten minutes there, reckoned by these rates, not run.
-Success in percent, all lengths pooled (n = 184 a seed), H = 34, 80, 190, 440, 1024 (solvable: 80, 190, 440):
+Measured: all 195 cells, beside this file as horizon_vs_params.jsonl.gz (``a1jax.analysis.sweep.load``; ``a1jax report`` makes its page).
+151 cells at commit 7033f2c with the first command, two processes on 2 CPU cores (AMD EPYC, jax 0.10.2): 88 minutes beside other work, each
+process having four fifths of a core. The other 44, in which nothing is cut (H = 1024 and arm solvable of seeds 0 and 1), are from
+before: 41 of commit b7f7ee9 (26 on one H100, 11 on its 16 cores, 4 on 2 cores), 3 of 38ce934. Their equal-FLOPs budget is 0.2 % larger, and
+what they train on (``train.supervised``, ``feedback``, ``with_turn_before``) was counted again, as it follows from the configuration.
+By the seconds of the cells run here all 195 take 3.6 hours of a core, 1.8 hours on two: nano_16 19 s a cell of 1.2M tokens, nano_32 24,
+nano_48 39, nano_80 104, nano_128 188, compiling and judging included.
+:gpu (325 cells, some 2 billion tokens) was not run; thirteen processes on the H100 trained 25,000 to 41,000 tokens/s each.
 
-                equal tokens, consults    equal FLOPs, consults     equal tokens, solvable
-    nano_16      3   5   4  10   5         2  24  43  47  93        14  14  15
-    nano_32      7  27  54  69  74         7  29  60  65  73        26  50  69
-    nano_48      7  28  46  38  43        12  26  49  46  42        26  51  42
-    nano_80      6  26  48  60  53         1  20  41  34  30        26  45  60
-    nano_128    10  30  60  90  45        10  13  26  18  14        26  51  40
+Success in percent, mean of three seeds, all lengths pooled (n = 184 a seed), in brackets the lowest and highest seed; H = 34, 80, 190, 440,
+1024 (solvable: 80, 190, 440):
 
-One doubling of H in the grid's middle (87K active parameters, 181 tokens): worth 2.48 times the parameters at equal tokens (95 %: 1.65 to
-17.2); 3.83 in the solvable arm (1.52 to more than 1,000); at equal FLOPs size lowers success, so no factor is worth it.
-How to read it: consults of 34 and 80 tokens train on targets that cannot be known, as the number of a step stands in the dropped turn (84
-% and 38 % of their pieces do not begin their run, 80 % and 19 % lack the question too; 9 % at 190, 2 % at 440): the arm "solvable" has no
-such targets. Evaluation shows whole runs to all. Equal tokens are not equal targets: of 1.2M, 548K are targets at H = 34, 506K at 80,
-579K at 190, 614K at 440, 624K at 1,024. Under equal FLOPs nano_16 trains on 6M tokens, nano_128 on 0.2M, less than one pass over the long
-runs. One learning rate, chosen at nano_48 on tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
+    equal tokens, consults
+    nano_16     1 (1-2)    9 (3-18)  11 (4-25)  14 (10-17) 12 (5-25)
+    nano_32     6 (4-8)   33 (26-39) 56 (43-66) 57 (48-73) 63 (41-83)
+    nano_48     5 (4-7)   26 (24-29) 45 (42-49) 42 (28-54) 49 (43-60)
+    nano_80     8 (7-10)  40 (29-49) 60 (55-65) 52 (46-63) 57 (44-64)
+    nano_128    5 (1-8)   34 (28-41) 66 (46-77) 64 (49-92) 78 (45-96)
+    equal FLOPs, consults
+    nano_16     6 (4-8)   27 (25-29) 61 (56-65) 74 (70-77) 76 (55-93)
+    nano_32     7 (3-12)  34 (31-37) 62 (53-66) 58 (51-72) 64 (48-75)
+    nano_48     6 (4-7)   26 (18-32) 45 (42-49) 56 (38-84) 43 (41-47)
+    nano_80     3 (2-4)   25 (21-30) 39 (33-45) 34 (29-42) 32 (29-38)
+    nano_128    4 (1-9)    8 (7-9)   20 (16-26) 10 (5-16)   8 (3-14)
+    equal tokens, solvable
+    nano_16              14 (12-16) 18 (8-24)  22 (13-36)
+    nano_32              26 (26-26) 50 (49-51) 67 (64-72)
+    nano_48              26 (26-26) 49 (46-51) 44 (27-57)
+    nano_80              26 (26-26) 49 (45-52) 64 (60-72)
+    nano_128             26 (26-26) 50 (46-54) 63 (40-75)
 
-Seconds of one core for the 1.2M tokens of a cell, by the time of 8 to 20 steps on a busy machine (Intel(R) Xeon(R) Processor, jax 0.10.2):
-nano_16 17 at 190 tokens and 33 at 1,024, nano_128 210 at 1,024; 15 more for every program that is compiled, about 10 for judging. By these
-the 195 cells take about 2.2 hours on two idle cores (reckoned, not run as a whole there).
-One seed and nano_48, tasks of the admission split that settings were chosen by (12 a length, 8 from 24 steps on), 1.2M tokens, solved by
-consults of 80 tokens: 1 and 2 steps all, 4 steps 1, none above; of 190 tokens: 12, 12, 10 at 1, 2, 4 steps, 6 at 6, none above; by whole
-runs of up to 1,024: 12, 12, 12, 11, 12, 10 at 1, 2, 4, 6, 8, 16 steps, 5 of 8 at 24, 8 of 8 at 32. With 0.5M tokens 190 solved 4 of 48 at
-1 to 8 steps.
+One doubling of H in the grid's middle (101K active parameters, 188 tokens): worth 2.5 times the parameters at equal tokens (95 %: 2.0 to
+3.5), 5.3 times in the solvable arm (3.3 to 14); at equal FLOPs size lowers success (-0.88 logits a doubling, -1.1 to -0.73), so no factor
+of parameters is worth it. Before, with two seeds and consults that had no turn before them: 2.5 (1.7 to 17), 3.8 (1.5 to over 1,000).
+How to read it: a consult has the turn before it as context and the question in front where there is room. At H = 34 89 % of the pieces
+have that turn (or begin their run) and 20 % the question, at 80 tokens 85 % and 83 %, from 190 tokens on all have both; what hangs on what
+is missing cannot be known and is a target all the same. The arm "solvable" has no such targets. Equal tokens are not equal targets: of
+1.2M tokens 456K are targets at H = 34, 462K at 80, 570K at 190, 613K at 440, 624K at 1,024, which favours long horizons a little. Under
+equal FLOPs nano_16 trains on 6M tokens, nano_128 on 0.2M, less than one pass over the long runs. One learning rate, chosen at nano_48 on
+tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
 """
 
 import dataclasses
