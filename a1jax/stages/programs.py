@@ -242,9 +242,13 @@ def _heads(cfg: distill.DistillConfig, model: ModelConfig) -> tuple[float, float
 
 
 def _rollout(cfg: Experiment, place: Place) -> Iterator[Program]:
-    """Decoding as every stage that samples does it: distillation, each phase of GRPO, evaluation."""
+    """Decoding as every stage that samples does it: distillation (each architecture of teacher, where they write the runs), each phase of
+    GRPO, evaluation."""
     model, held = cfg.model, kept(cfg, place, "teachers")
-    own = {"distill": (cfg.distill.limits, held | _optimizer(cfg.distill, model, place, cfg.distill.steps))}
+    optimizer = _optimizer(cfg.distill, model, place, cfg.distill.steps)
+    for name, writer, others in _writers(cfg, place, held):
+        yield from _decoding(cfg.distill.limits, writer, place, name, "distill.limits", others | optimizer)
+    own = {}
     for domain, settings in cfg.teachers.items():
         for i, phase in enumerate(settings.recipe):
             if isinstance(phase, grpo.GrpoConfig):
@@ -255,6 +259,19 @@ def _rollout(cfg: Experiment, place: Place) -> Iterator[Program]:
     for path, (limits, beside) in own.items():
         settings = "limits" if path == "evaluation" else f"{path}.limits"
         yield from _decoding(limits, model, place, path, settings, beside)
+
+
+def _writers(cfg: Experiment, place: Place, held: dict[str, Any]) -> Iterator[tuple[str, ModelConfig, dict[str, Any]]]:
+    """(name, architecture, what lies beside it) of whoever writes the runs of stage 3."""
+    if cfg.distill.rollouts == "student":
+        yield "distill", cfg.model, held
+        return
+    seen: list[ModelConfig] = []
+    for domain, model in _teachers(cfg).items():
+        others = {name: x for name, x in held.items() if name != f"the teacher of {domain}"} | {"the student": place.params(cfg.model)}
+        if model not in seen:
+            yield f"distill by the teacher of {domain}", model, others
+        seen.append(model)
 
 
 def _optimizer(cfg: Any, model: ModelConfig, place: Place, steps: int) -> dict[str, Any]:

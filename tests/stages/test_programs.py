@@ -34,6 +34,10 @@ def test_what_a_run_keeps_beside_a_program_is_counted(small_experiment):
     assert found["decode/distill"].keys() == sft.keys() | teachers.keys() | {"the optimizer's state"}
     judged = [p for name, p in found.items() if name == "decode/evaluation"]
     assert all(p == sft | teachers | {"stage 1 continued": 1} for p in judged)
+    by_teachers = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, rollouts="teacher"))
+    (writing,) = [p for p in programs.of_stage(by_teachers, "rollout", place) if p.name.startswith("decode/distill")]
+    assert writing.name == "decode/distill by the teacher of search"  # the other one is of the same architecture
+    assert writing.beside.keys() == sft.keys() | {"the teacher of tool_calling", "the student", "the optimizer's state"}
     given = dataclasses.replace(cfg, checkpoints={"tool_calling": scoring.Checkpoint("nowhere")})
     sft_step = next(iter(programs.of_stage(given, "sft", place)))
     assert sft_step.beside.keys() == {"the base model", "the teacher of tool_calling"}  # opened before anything is trained
