@@ -144,3 +144,12 @@ def test_runs_top_to_bottom(name, tmp_path):
         pytest.importorskip("libtpu")
     pages = shown(executed(name, tmp_path, SMALLER.get(name, "")))
     assert any("<table" in page for page in pages) and any("<img" in page for page in pages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "changed"), [("02_horizon_vs_params", "SWEEP = None"), ("04_moe_routing", ""), ("05_pod_planning", "")])
+def test_runs_as_a_reader_gets_it(name, changed, tmp_path):
+    """As shipped, and 02 making its own sweep; told to take less than 3 minutes on two idle cores."""
+    if name == "05_pod_planning":
+        pytest.importorskip("libtpu")
+    assert shown(executed(name, tmp_path, changed))
