@@ -10,6 +10,7 @@ by side on machines that see it, or one after the other, also cut in another num
 as its function knows how to, from what lies in cells/NAME.
 Several starts on one machine need no shards: each takes the next cell that no living process holds (cells/NAME/.lock). Cells that would
 wait for what another process is making are put off for as long as there are others.
+A finished cell is not run again after a change of code; its commit is in it, and what reads a sweep says how many cells are of which.
 """
 
 from __future__ import annotations
