@@ -149,7 +149,7 @@ def test_runs_top_to_bottom(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changed"), [("02_horizon_vs_params", "SWEEP = None"), ("04_moe_routing", ""), ("05_pod_planning", "")])
 def test_runs_as_a_reader_gets_it(name, changed, tmp_path):
-    """As shipped, and 02 making its own sweep; told to take less than 3 minutes on two idle cores."""
+    """04 and 05 as they lie there, and 02 making its own sweep."""
     if name == "05_pod_planning":
         pytest.importorskip("libtpu")
     assert shown(executed(name, tmp_path, changed))

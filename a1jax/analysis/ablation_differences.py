@@ -21,9 +21,9 @@ ALL = "all domains"
 DRAWS = 10_000
 LEVEL = 0.95
 HOW = (
-    "Success on held-out tasks, paired: the same seed, the same tasks. Of several seeds a t interval over the seeds' differences. Of one "
-    "seed alone a bootstrap over its tasks: what another seed would change is not in it, and that is often more. At 95 %, one interval in "
-    "twenty misses, also where nothing differs."
+    "Success on held-out tasks, paired: the same seed, the same tasks. Of several seeds a t interval over the seeds' differences, or a "
+    "bootstrap over all their tasks where that is wider. Of one seed alone a bootstrap over its tasks: what another seed would change is "
+    "not in it, and that is often more. At 95 %, one interval in twenty misses, also where nothing differs."
 )
 
 
@@ -31,10 +31,10 @@ def rows(sweep: Sweep) -> list[Row]:
     """A row per value, other than the one compared with, and domain (ALL first), in the order of the cells: "ablation", "value", "against",
     "unchanged" (whether ``against`` leaves the experiment as it is), "domain", "difference", "low", "high" (shares from -1 to 1),
     "interval" ("over seeds", "over tasks"), "seeds", "n": pairs. Where no seed has both cells, or they share no task, there is none."""
-    at = {(c.axes["ablation"], c.axes["value"], c.axes[SEED]): c for c in sweep.cells if set(c.axes) == AXES and c.against}
+    at = {(c.axes["ablation"], c.axes["value"], c.axes[SEED]): c for c in sweep.cells if set(c.axes) == AXES}
     pairs: dict[tuple[str, str], list[tuple[Cell, Cell]]] = {}
     for (ablation, value, seed), cell in at.items():
-        other = at.get((ablation, cell.against["value"], seed))
+        other = at.get((ablation, cell.against["value"], seed)) if cell.against else None
         if other is not None and other is not cell:
             pairs.setdefault((ablation, value), []).append((cell, other))
     out = []
@@ -58,13 +58,12 @@ def paired(cell: Cell, other: Cell, domain: str = ALL) -> np.ndarray:
 
 def difference(each: Sequence[np.ndarray]) -> dict[str, Any]:
     """The mean over seeds of the mean over tasks, and its interval at 95 %. each: of a seed, [tasks] of -1, 0 and 1."""
-    means = np.array([d.mean() for d in each])
+    means, over = np.array([d.mean() for d in each]), "over tasks"
+    low, high = bootstrap(np.concatenate(each))
     if len(each) > 1:
         half = stats.t.ppf((1 + LEVEL) / 2, len(each) - 1) * means.std(ddof=1) / np.sqrt(len(each))
-        low, high = means.mean() - half, means.mean() + half
-    else:
-        low, high = bootstrap(each[0])
-    over = "over seeds" if len(each) > 1 else "over tasks"
+        if 2 * half > high - low:  # seeds that happen to be alike do not make it sure
+            low, high, over = means.mean() - half, means.mean() + half, "over seeds"
     ends = {"difference": float(means.mean()), "low": float(low), "high": float(high)}
     return {**ends, "interval": over, "seeds": len(each), "n": sum(map(len, each))}
 
@@ -86,6 +85,8 @@ def sentences(table: Sequence[Row]) -> list[str]:
 def _sentence(row: Row) -> str:
     first = "" if row["unchanged"] else " (the first value, as none leaves the experiment as it is)"
     ends = f"{_points(row['difference'])} points (95 %: {_points(row['low'])} to {_points(row['high'])})"
+    if row["low"] == row["high"]:
+        ends = f"{_points(row['difference'])} points, every pair of runs alike: no interval"
     seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "one seed: without the luck of training"
     return f"{row['ablation']}: {row['value']} against {row['against']}{first}: {ends}; {seeds}"
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import sharding
+from ..stages import distill
 from ..stages.pipeline import Experiment
 from ..stages.programs import Program, held_bytes
 
@@ -70,8 +71,11 @@ def _of_temporaries(
     micro, rows = getattr(settings, "microbatches", 0), getattr(settings, "rows", 0)
     if micro and program.name.endswith(("train_step", "sft", "grpo")):
         cut = math.prod(mesh.get(axis, 1) for axis in sharding.RULES["batch"])
-        many = rows * (len(cfg.domains) if program.stage == "distill" else 1)
-        more = next((n for n in range(micro + 1, many + 1) if rows % n == 0 and many % n == 0 and (many // n) % cut == 0), None)
+        each = [distill.rows_in(settings, d) for d in cfg.domains] if program.stage == "distill" else [rows]
+        many = sum(each)
+        more = next(
+            (n for n in range(micro + 1, many + 1) if not any(r % n for r in each) and many % n == 0 and (many // n) % cut == 0), None
+        )
         if more:
             yield grows * (1 - micro / more), _set(f"{path}.microbatches", more)
         if model.remat == "none":
@@ -139,7 +143,7 @@ def _of_mesh(cfg: Experiment, program: Program, settings: Any, found: dict[str, 
         if text:
             yield saved, text
     cut = math.prod(mesh.get(axis, 1) for axis in sharding.RULES["batch"])
-    if rows > cut:
+    if rows > cut and not getattr(settings, "rows_of", {}):
         fewer = max(cut, rows // 2 // cut * cut)
         yield found["temp_bytes"] * (1 - fewer / rows) * 0.9, _set(f"{program.settings}.rows", fewer)
     elif getattr(settings, "max_length", 0) > 1 and rows:

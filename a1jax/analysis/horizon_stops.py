@@ -7,8 +7,9 @@ Success beyond a horizon is compared with success at it, one test a horizon, and
   three seeds each say "rises" some three times too often, though stretched by t;
 - of tasks: the difference over ``Law.draws``, the same draw of tasks for all cells.
 
-Each test has LEVEL over the number of tests (Bonferroni): of sizes that no horizon helps, LEVEL at most are said to rise. Several sizes
-are several such chances. A point of one seed or two has no spread of its own to speak of: then nothing is said.
+Each test has LEVEL over the number of tests (Bonferroni): of sizes that no horizon helps, LEVEL at most are said to rise, if their seeds
+differ alike at all horizons (where they differ four times as much at the least horizon, up to three times as many). Several sizes are
+several such chances. A point of one seed or two has no spread of its own to speak of: then nothing is said.
 """
 
 from __future__ import annotations

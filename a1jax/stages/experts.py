@@ -101,7 +101,7 @@ def mixed_prompts(family: Domain, sources: Sequence[Prompts], number: int, step:
     rng, out = np.random.default_rng([seed, step]), []
     for i, source in enumerate(sources):
         share = number // len(sources) + int(i < number % len(sources))
-        turn = np.arange(step * share, (step + 1) * share) % len(source.lengths)
+        turn = (np.arange(step * share, (step + 1) * share) + i * share) % len(source.lengths)  # equal sources take turns too
         for steps in rng.permutation(np.asarray(source.lengths)[turn]):
             out.append((source.family or family).propose(first + len(out), int(steps), "train"))
     return out

@@ -84,13 +84,15 @@ def _parts(cfg: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _of_part(path: str, part: Any, cfg: Any) -> list[Demand]:
     names = {field.name for field in dataclasses.fields(part)}
-    found = [Demand(f"{path}.{name}", getattr(part, name), axis) for name, axis in FIELDS.items() if name in names]
+    own = getattr(part, "rows_of", {})
+    asked = names - ({"rows"} if own and own.keys() >= set(cfg.domains) else set())
+    found = [Demand(f"{path}.{name}", getattr(part, name), axis) for name, axis in FIELDS.items() if name in asked]
     if "slots" in names and getattr(part, "feed_tokens", 0) > 1:  # an eighth of the slots is fed at a time, see rollout.lockstep
         found.append(Demand(f"{path}.slots / 8, which are fed pieces of feed_tokens,", max(1, part.slots // 8), "batch", True))
     if "rows" in names and "max_length" in names:
         # The delta rule and the convolution take any length on a device; whole chunks only spare padding.
         found.append(Demand(f"{path}.max_length", part.max_length, "length", advised=cfg.model.delta_chunk))
-        slices, own = getattr(part, "microbatches", 1), getattr(part, "rows_of", {})
+        slices = getattr(part, "microbatches", 1)
         found += [Demand(f"{path}.rows_of.{domain}", rows, "batch") for domain, rows in own.items() if domain in cfg.domains]
         if slices > 1:
             # Distillation cuts the rows of all domains together; in mode full the loss then takes each domain's share by itself.

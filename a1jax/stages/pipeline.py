@@ -75,6 +75,12 @@ class Experiment:
             for name in getattr(self.distill, field):
                 if name not in DOMAINS and name not in self.families:
                     raise ConfigError(f"distill.{field} has '{name}'; there are {', '.join(sorted({*DOMAINS, *self.families}))}")
+        together = sum(distill.rows_in(self.distill, d) for d in self.domains)
+        if self.distill.rows_of and together % self.distill.microbatches:
+            raise ConfigError(
+                f"distill.microbatches is {self.distill.microbatches}; the domains' rows, {together} together with rows_of, must be a "
+                "multiple"
+            )
         if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"tokenizer.vocab_size is {self.tokenizer.vocab_size} but model.vocab_size {self.model.vocab_size}; make them equal"

@@ -98,14 +98,17 @@ def run(cfg: Sweep, workdir: pathlib.Path) -> dict[str, list[str]]:
                 continue
             outcome = run_cell(cell, workdir, facts, cfg.keep_stages)
         now = time.perf_counter()
-        print(f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; {_time_left(workdir, mine, now - began)}", flush=True)
+        print(
+            f"{number}/{len(mine)} {cell.name}: {outcome}, {now - since:.0f} s; {_time_left(workdir, mine, now - began, started)}",
+            flush=True,
+        )
         interruption.point()
     return summary(planned, workdir)
 
 
-def _time_left(workdir: pathlib.Path, mine: Sequence[Planned], seconds: float) -> str:
-    """By what has been finished of these cells in the seconds since the start, whoever finished it."""
-    left = sum(cell.cost for cell in mine if not _file(workdir, cell).exists())
+def _time_left(workdir: pathlib.Path, mine: Sequence[Planned], seconds: float, started: float) -> str:
+    """By what has been finished of these cells, or failed, in the seconds since the start, whoever did it."""
+    left = sum(cell.cost for cell in mine if not (_file(workdir, cell).exists() or _failed_since(workdir, cell, started)))
     done = sum(cell.cost for cell in mine) - left
     return f"about {seconds / done * left / 60:.0f} min left" if done else "nothing finished yet"
 

@@ -48,8 +48,8 @@ How to read it: a consult has the turn before it as context and the question in 
 have that turn (or begin their run) and 20 % the question, at 80 tokens 85 % and 83 %, from 190 tokens on all have both; what hangs on what
 is missing cannot be known and is a target all the same. The arm "solvable" has no such targets. Equal tokens are not equal targets: of
 1.2M tokens 456K are targets at H = 34, 462K at 80, 570K at 190, 613K at 440, 624K at 1,024, which favours long horizons a little. Under
-equal FLOPs nano_16 trains on 6M tokens, nano_128 on 0.2M, less than one pass over the long runs. One learning rate, chosen at nano_48 on
-tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
+equal FLOPs nano_16 trains on 5.5M to 6.9M tokens, nano_128 on 0.2M, less than one pass over the long runs. One learning rate, chosen at
+nano_48 on tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
 """
 
 import dataclasses

@@ -61,7 +61,14 @@ def test_of_one_seed_the_interval_is_that_of_drawing_its_tasks_again():
     assert ablation_differences.bootstrap(both) == pytest.approx((-0.3, 0.3))
     assert ablation_differences.bootstrap(np.zeros(5, int)) == (0.0, 0.0)
     (said,) = ablation_differences.sentences(table(cell("hard", 0, {0, 1}), cell("soft", 0, {0, 1})))
-    assert said == "routing: soft against hard: 0.0 points (95 %: 0.0 to 0.0); one seed: without the luck of training"
+    assert said == "routing: soft against hard: 0.0 points, every pair of runs alike: no interval; one seed: without the luck of training"
+
+
+def test_seeds_that_differ_alike_leave_the_spread_of_tasks():
+    of_seed = np.array([1] * 2 + [0] * 18)
+    found = ablation_differences.difference([of_seed] * 3)
+    low, high = stats.binom.ppf((0.025, 0.975), 60, 0.1) / 60
+    assert (found["low"], found["high"], found["interval"]) == (pytest.approx(low), pytest.approx(high), "over tasks")
 
 
 def test_tasks_that_only_one_was_put_to_are_no_pairs():

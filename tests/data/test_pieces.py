@@ -77,7 +77,7 @@ def test_what_a_turn_says_of_the_last_one_can_be_known_where_there_is_room(horiz
         if start > 6:
             assert piece.question == (horizon >= 6 + 12)
             assert (set(turn) <= set(piece.places.tolist())) == piece.turn_before == (not piece.question or horizon >= 6 + 5 + 12)
-            assert targets(piece)[0] == start and not piece.example.mask[np.isin(piece.places, turn)].any()
+            assert not piece.example.mask[np.isin(piece.places, turn)].any()
 
 
 def test_only_solvable_runs():

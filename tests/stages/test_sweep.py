@@ -81,11 +81,14 @@ def test_a_cell_that_somebody_is_at_is_left_to_them(tmp_path):
 
 def test_the_time_that_is_left_counts_what_others_have_finished(tmp_path):
     cells = plan(4)
-    assert sweep._time_left(tmp_path, cells, 90.0) == "nothing finished yet"
+    assert sweep._time_left(tmp_path, cells, 90.0, 0.0) == "nothing finished yet"
     for cell in cells[:3]:
         (tmp_path / "cells" / cell.name).mkdir(parents=True)
         (tmp_path / "cells" / cell.name / "cell.json").write_text("{}")
-    assert sweep._time_left(tmp_path, cells, 540.0) == "about 3 min left"
+    assert sweep._time_left(tmp_path, cells, 540.0, 0.0) == "about 3 min left"
+    (tmp_path / "cells" / cells[3].name).mkdir()
+    (tmp_path / "cells" / cells[3].name / "failed.json").write_text("{}")
+    assert sweep._time_left(tmp_path, cells, 540.0, 0.0) == "about 0 min left"
 
 
 def test_a_cell_that_would_wait_for_another_process_is_put_off(tmp_path):
