@@ -63,7 +63,7 @@ def difference(each: Sequence[np.ndarray]) -> dict[str, Any]:
     if len(each) > 1:
         half = stats.t.ppf((1 + LEVEL) / 2, len(each) - 1) * means.std(ddof=1) / np.sqrt(len(each))
         if 2 * half > high - low:  # seeds that happen to be alike do not make it sure
-            low, high, over = means.mean() - half, means.mean() + half, "over seeds"
+            low, high, over = max(-1.0, means.mean() - half), min(1.0, means.mean() + half), "over seeds"
     ends = {"difference": float(means.mean()), "low": float(low), "high": float(high)}
     return {**ends, "interval": over, "seeds": len(each), "n": sum(map(len, each))}
 
