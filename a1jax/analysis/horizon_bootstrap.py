@@ -13,9 +13,9 @@ grid points have one seed or two, their cells are also drawn from among all such
 is then what cells lie off the law by, and cannot be told from a law that does not fit. Tasks are drawn inside each domain and number of
 steps, the same draw for all cells. All draw k - 1 of k with replacement and weigh them by k / (k - 1), so that variances are right for
 small k (Rao and Wu, 1988, "Resampling inference with complex survey data"). The deviations of the refitted coefficients are stretched by
-Student's t over the normal quantile, for the few degrees of freedom that few seeds leave. They are fewer still for one slope, which hangs
-on the grid's outer points: of 3 x 3 points and three seeds, with luck that outweighs chance, intervals of the rate that say 95 % held it
-in 87 % of 340 made-up sweeps.
+Student's t over the normal quantile, for the few degrees of freedom that few seeds leave; fewer still for a slope, which hangs on the
+grid's outer points. Which form of the law is chosen is in no interval: of 4 x 4 points and three seeds, with luck that outweighs chance,
+intervals of the rate that say 95 % held it in 90 % of 300 made-up sweeps, and in 92 % of 200 with the form given.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draw(t: Table, form: Form, at: Scale, beta: np.ndarray, draws: int = DRAWS, 
         notes.append("one task of each kind: intervals hold nothing of how much tasks differ")
     for name, w in weights.items():
         off = refit(x, *counts(t, w), penalty, beta) - beta
-        over[name] = beta + off * stretch(t.points if name == "seeds" else t.group)
+        over[name] = beta + off * (stretch_of_slopes(t, x, beta, penalty) if name == "seeds" else stretch(t.group))
     if few.sum() > along_cells + 1:
         strata = np.where(few, -1, t.points)
         off = refit(x, *counts(t, (rao_wu(rng, strata, draws), ones[1])), penalty, beta) - beta
@@ -85,6 +85,23 @@ def stretch(stratum: np.ndarray, fitted: int = 1) -> float:
     units, strata = len(stratum), len(np.unique(stratum))
     free = units - strata - (fitted - 1)
     return float(stats.t.ppf(0.975, free) / stats.norm.ppf(0.975) * np.sqrt((units - strata) / free))
+
+
+def stretch_of_slopes(t: Table, x: np.ndarray, beta: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """[P], as ``stretch``, with the degrees of freedom that the seeds of grid points leave each coefficient (Satterthwaite, 1946,
+    doi:10.2307/3002019): a slope hangs on the outer points, whose few seeds tell its variance. What a cell moves a coefficient by is
+    linearised, its score times the inverse curvature."""
+    wins, n = (a.ravel() for a in t.counts)
+    score = ((wins - n * special.expit(x @ beta))[:, None] * x).reshape(len(t.cells), -1, len(beta)).sum(1)
+    moved = score @ np.linalg.inv(horizon_fit.hessian(beta, x, n, penalty))  # [C, P]
+    total, spread = np.zeros(len(beta)), np.zeros(len(beta))
+    for point in np.unique(t.points):
+        mine = moved[t.points == point]
+        if len(mine) > 1:
+            variance = len(mine) * mine.var(0, ddof=1)
+            total, spread = total + variance, spread + variance**2 / (len(mine) - 1)
+    free = np.divide(total**2, spread, out=np.full(len(beta), np.inf), where=spread > 0)
+    return np.maximum(stretch(t.points), stats.t.ppf(0.975, free) / stats.norm.ppf(0.975))
 
 
 def rao_wu(rng: np.random.Generator, stratum: np.ndarray, draws: int) -> np.ndarray:

@@ -42,7 +42,7 @@ Success in percent, mean of three seeds, all lengths pooled (n = 184 a seed), in
     nano_128             26 (26-26) 50 (46-54) 63 (40-75)
 
 One doubling of H in the grid's middle (101K active parameters, 188 tokens): worth 2.5 times the parameters at equal tokens (95 %: 2.0 to
-3.5), 5.3 times in the solvable arm (3.3 to 14); at equal FLOPs size lowers success (-0.88 logits a doubling, -1.1 to -0.73), so no factor
+3.7), 5.3 times in the solvable arm (3.0 to 45); at equal FLOPs size lowers success (-0.88 logits a doubling, -1.1 to -0.69), so no factor
 of parameters is worth it. Before, with two seeds and consults that had no turn before them: 2.5 (1.7 to 17), 3.8 (1.5 to over 1,000).
 How to read it: a consult has the turn before it as context and the question in front where there is room. At H = 34 89 % of the pieces
 have that turn (or begin their run) and 20 % the question, at 80 tokens 85 % and 83 %, from 190 tokens on all have both; what hangs on what

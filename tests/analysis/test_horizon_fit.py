@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from a1jax.analysis import horizon_bootstrap, horizon_fit, sweep
 from a1jax.analysis.horizon_fit import Form
@@ -223,3 +223,19 @@ def test_draws_spread_as_the_luck_that_made_the_cells():
     spread = np.std(found)
     assert 0.7 < math.sqrt(np.mean(over["seeds"])) / spread < 1.4
     assert math.sqrt(np.mean(over["tasks"])) / spread < 0.75
+
+
+def test_slopes_are_stretched_by_the_freedom_that_their_points_leave_them():
+    """What a cell moves the coefficients by, found by refitting with a little more weight on it; then Satterthwaite's formula in loops."""
+    t = horizon_fit.table(synthetic_sweep.read(Law(cells=0.5), Grid(of_each=4), 3).cells)
+    form, at = Form(), horizon_fit.scale(t)
+    x, penalty = horizon_fit.rows(t, form, at), horizon_fit.penalties(form, at, t.domains, 1e-6)
+    beta = horizon_fit.fit(x, *(a.ravel() for a in t.counts), penalty)
+    heavier = np.ones((len(t.cells), len(t.cells))) + 1e-4 * np.eye(len(t.cells))
+    again = horizon_bootstrap.refit(x, *horizon_bootstrap.counts(t, (heavier, np.ones((len(t.cells), len(t.group))))), penalty, beta)
+    moved = (again - beta) / 1e-4
+    for p, found in enumerate(horizon_bootstrap.stretch_of_slopes(t, x, beta, penalty)):
+        each = [3 * np.var(moved[t.points == point, p], ddof=1) for point in np.unique(t.points)]
+        free = sum(each) ** 2 / sum(v**2 / 2 for v in each)
+        expected = max(horizon_bootstrap.stretch(t.points), stats.t.ppf(0.975, free) / 1.959964)
+        assert 2 < free < 32 and found == pytest.approx(expected, rel=2e-3)
