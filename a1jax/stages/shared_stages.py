@@ -7,6 +7,7 @@
 
 Whoever needs a stage first trains it under a lock on its folder; others, also other processes on machines that see the folder and lock
 files on it, wait and read, or do something else as long as it is ``busy``. A stage that was stopped goes on from its last checkpoint.
+The code is not in the names: after a change of it take another folder.
 """
 
 from __future__ import annotations
