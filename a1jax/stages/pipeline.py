@@ -76,10 +76,9 @@ class Experiment:
                 if name not in DOMAINS and name not in self.families:
                     raise ConfigError(f"distill.{field} has '{name}'; there are {', '.join(sorted({*DOMAINS, *self.families}))}")
         together = sum(distill.rows_in(self.distill, d) for d in self.domains)
-        if self.distill.rows_of and together % self.distill.microbatches:
+        if together % self.distill.microbatches:
             raise ConfigError(
-                f"distill.microbatches is {self.distill.microbatches}; the domains' rows, {together} together with rows_of, must be a "
-                "multiple"
+                f"distill.microbatches is {self.distill.microbatches}; the rows of all domains, {together}, must be a multiple of it"
             )
         if self.tokenizer.path is None and self.tokenizer.vocab_size != self.model.vocab_size:
             raise ConfigError(

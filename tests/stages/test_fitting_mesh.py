@@ -139,7 +139,7 @@ def test_teachers_distillation_and_reinforcement_are_asked_too(small_model, tmp_
     assert violations({"data": 4}, demands(cfg)) != []  # its odd numbers of rows
     some = dataclasses.replace(cfg.distill, rows=4, rows_of={"search": 1, "science": 4}, microbatches=3)
     assert {d.what: d for d in demands(dataclasses.replace(cfg, distill=some))}["distill.rows x 6 domains / microbatches"].size == 21 // 3
-    with pytest.raises(ConfigError, match="distill.microbatches is 4; the domains' rows, 21 together with rows_of, must be a multiple"):
+    with pytest.raises(ConfigError, match="distill.microbatches is 4; the rows of all domains, 21, must be a multiple"):
         dataclasses.replace(cfg, distill=dataclasses.replace(some, microbatches=4))
     distill = dataclasses.replace(some, rows_of={})
     whole = {d.what: d for d in demands(dataclasses.replace(cfg, distill=distill))}

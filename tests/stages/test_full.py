@@ -11,12 +11,9 @@ import pytest
 from a1jax import metrics, sharding
 from a1jax import params as param_specs
 from a1jax.config import ConfigError, bind
-from a1jax.data import chat
-from a1jax.domains import QUICKSTART, solve
 from a1jax.rollout.agent import Engine, Limits
 from a1jax.stages import distill, full, scoring
 from a1jax.stages.distill import DistillConfig
-from a1jax.types import FINISHED, Rollout
 
 
 def descent(specs, steps):
@@ -36,17 +33,10 @@ def setting(setting):
 
 
 @pytest.fixture()
-def runs(tokenizer, monkeypatch):
+def runs(runs, monkeypatch):
     """Experts' runs, two a domain, which every engine returns."""
-    found = []
-    for domain in QUICKSTART:
-        for seed in (1, 2):
-            run = solve(QUICKSTART[domain].propose(seed, 1))
-            tokens, mask = chat.tokenize(tokenizer, list(run.messages))
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            found.append(Rollout(run.task_id, domain, tokens[:end], mask[:end], -mask[:end], FINISHED, 1.0, 1, run))
-    monkeypatch.setattr(Engine, "run", lambda *_, **__: (found, {}))
-    return found
+    monkeypatch.setattr(Engine, "run", lambda *_, **__: (runs, {}))
+    return runs
 
 
 @pytest.fixture()
