@@ -15,11 +15,12 @@ CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 # With libtpu installed, for compiling only, jax would look for a TPU first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), CHEAP)))
-# Runs that are cut and go on, and commands in processes of their own, compile the same programs again: each worker keeps what took long for
-# itself and its children, until the tests end. Not one folder for all: jax writes these files in place, and another may be reading.
-CACHE = tempfile.mkdtemp(prefix="a1jax-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+# Runs that are cut and go on, commands in processes of their own and other workers compile the same programs again: what took long is kept
+# for all of them until the tests end. jax writes these files in place: who meets one half written compiles it himself.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from the process that starts them
+    CACHE = tempfile.mkdtemp(prefix="a1jax-tests-")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -80,7 +80,7 @@ def test_real_runs_of_a_coding_agent(shared_data, small_model, tmp_path):
     data = DataConfig((str(shared_data / "trajectories/swe-agent"),), str(shared_data / "tokenizers/mistral"), heldout=0.2, heldout_rows=1)
     model = config.override(small_model, ["vocab_size=32768", "attention_chunk=256"])
     sft = SftConfig(
-        steps=2, rows=1, max_length=16384, policy="split", optimizer=bind(optim.muon, learning_rate=0.02), loss_tile=256, vocab_block=4096
+        steps=1, rows=1, max_length=8192, policy="split", optimizer=bind(optim.muon, learning_rate=0.02), loss_tile=256, vocab_block=4096
     )
     out = real_runs.run(RealRuns("swe", bind(real_runs.run), data, model, sft), tmp_path)
     assert out["last"] < out["first"] and out["efficiency"] > 0.75
