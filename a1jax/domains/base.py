@@ -76,6 +76,7 @@ class Task:
     tools = ()
     blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
     options = ()  # answers that the question lists, the right one among others
+    final_request = ""  # protocol: at the turn limit the last turn is taken back, and this asks for the answer instead; "": the run is cut
 
     @property
     def self_contained(self) -> bool:

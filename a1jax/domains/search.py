@@ -26,6 +26,8 @@ NOUNS = ("tower", "harbour", "valley", "abbey", "bridge", "mill", "garden", "for
 RELATIONS = ("river", "king", "ally", "rival", "port", "founder", "patron", "twin")
 CORE = len(ONSETS) * len(ENDINGS)
 
+FINAL_REQUEST = "No turns left: answer now."
+
 TOOLS = (
     tool("search", "Find the page that a description belongs to.", query="string"),
     tool("read_page", "Read a page: its labelled links.", title="string"),
@@ -80,6 +82,7 @@ class SearchTask(Task):
     first: int = 1  # number of the first relation
 
     tools = TOOLS
+    final_request = FINAL_REQUEST
 
     def reset(self):
         return ()

@@ -26,6 +26,7 @@ TOOLS = (
     tool("read_page", "Read a piece of a page, pieces count from 1; the first shows the ids of its links.", page="string", piece="integer"),
     tool("code", "Run a Python program; the file page.txt holds the text of the page read last.", program="string"),
 )
+FINAL_REQUEST = "No turns left: answer now, with the id of the page alone."
 SHOWN_LINKS = 128
 BETWEEN = " | "
 QUERY_CHARS = 1000  # of a query that are read
@@ -44,6 +45,7 @@ class CorpusSearchTask(Task):
     piece: int = 2000
 
     tools = TOOLS
+    final_request = FINAL_REQUEST
     blocking = True  # a program takes its time: the rollout engine must not wait for it
 
     def reset(self):

@@ -21,6 +21,7 @@ import numpy as np
 from .. import distributed, interruption
 from ..config import ConfigError
 from ..data import chat
+from ..data.errors import DataError
 from ..data.tokenizer import Tokenizer
 from ..domains.base import Task
 from ..models.config import ModelConfig
@@ -40,7 +41,8 @@ class Limits:
     max_response: int = 0  # tokens the model may write in one run, all turns together; 0: no limit but the others
     max_length: int = 512  # tokens of the whole run: prompt, turns and observations
     stop: tuple[str, ...] = ()  # further tokens that end a turn; control tokens are no part of its text
-    final_request: str = ""  # at max_turns the last turn is taken back and the user says this: an answer is asked for. "": TRUNCATED
+    final_request: str | None = None  # at max_turns the last turn is taken back and the user asks in these words for the answer
+    # None: in the words of the task's own protocol, where it has some; "": nobody is asked, the run is TRUNCATED
     temperature: float = 1.0  # 0 is greedy
     retries: int = 1  # times an ABORTED run is begun anew
     feed_tokens: int = 0  # known tokens (long prompts, pages) fed to a slot in one call where there are as many; below 2: one by one
@@ -258,13 +260,19 @@ class _Session:
         return more if closed else [self.engine.tokenizer.eos_id, *more]
 
     def _ask(self, slot: int):
-        """At the turn limit: take the last turn back and ask for the answer, where that is the protocol and there is room."""
+        """At the turn limit: take the last turn back and ask for the answer, where that is the protocol and there is room. A run whose chat
+        template lets nobody speak there is cut like one that is not asked."""
         run, room = self.runs[slot], self.limits.max_length
-        if not self.limits.final_request:
+        request = run.task.final_request if self.limits.final_request is None else self.limits.final_request
+        if not request:
             return self._finish(slot, run.ended(TRUNCATED))
-        asked = run.taken_back(self.limits.final_request)
-        more = self._after(slot, asked) if asked.end else self.engine.prompt(asked.task, asked.messages)
-        if asked.end + len(more) >= room:
+        asked = run.taken_back(request)
+        try:
+            more = self._after(slot, asked) if asked.end else self.engine.prompt(asked.task, asked.messages)
+        except DataError as error:
+            log.warning("%s: cannot be asked for its answer, so it is TRUNCATED: %s", run.task.task_id, error)
+            more = None
+        if more is None or asked.end + len(more) >= room:
             return self._finish(slot, run.ended(TRUNCATED))
         self.runs[slot] = asked
         self.slots.uniforms[slot] = self.engine.numbers(self.seed, self.first + run.index, run.attempt, 2 * room)[room:]

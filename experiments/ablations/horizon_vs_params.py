@@ -88,7 +88,8 @@ def get_config(arg: str = "") -> Sweep:
         ),
         tokens=1_200_000,
         heldout={1: 24, 2: 24, 4: 24, 6: 24, 8: 24, 16: 24, 24: 16, 32: 16, 48: 8},
-        limits=Limits(slots=64, max_turns=52, max_turn_tokens=20, max_length=1280, temperature=0.0),
+        # a run that does not stop by itself is lost, as it was in what was measured: nobody asks it for an answer
+        limits=Limits(slots=64, max_turns=52, max_turn_tokens=20, max_length=1280, final_request="", temperature=0.0),
         tokenizer=TokenizerConfig(vocab_size=608, counters=48),
     )
     grid = bind(horizon_grid.cells, base=base, sizes=SIZES, horizons=HORIZONS, seeds=(0, 1, 2), solvable=HORIZONS[1:-1])

@@ -57,6 +57,12 @@ def test_heldout_shares_no_link_of_a_chain_with_training(name):
 
 
 @every_family
+def test_only_search_asks_for_the_answer_at_its_turn_limit(name):
+    """arXiv 2606.30616, section 2.2; of the other domains the paper says no such thing."""
+    assert bool(FAMILIES[name].propose(0, 1).final_request) == (name == "search")
+
+
+@every_family
 def test_no_step_is_no_task(name):
     for steps in (0, -1):
         with pytest.raises(ConfigError, match="at least 1 step"):

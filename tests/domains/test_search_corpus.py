@@ -96,6 +96,10 @@ def test_walks_keep_their_rules_and_words_their_proof(family):
         assert all(page not in words for page in walk)
 
 
+def test_at_its_turn_limit_a_run_is_asked_for_the_id(small):
+    assert "the id of the page" in CorpusSearch(corpus=small).propose(0, 1).final_request
+
+
 def test_question_is_written_backwards():
     asked = question(("one two three", "four five", "six seven"))
     assert asked.startswith(

@@ -156,7 +156,7 @@ def test_the_run_stops_at_the_context_and_at_the_turn_budget(tokenizer, model, s
     done, _ = scripted(short, [tokens]).run(None, [task], seed=0)
     assert done[0].status == TRUNCATED and len(done[0].tokens) <= 60
     np.testing.assert_array_equal(done[0].tokens, tokens[: len(done[0].tokens)])
-    few = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_turns=2))
+    few = Engine(model[0], tokenizer, dataclasses.replace(LIMITS, slots=1, max_turns=2, final_request=""))
     done, _ = scripted(few, [tokens]).run(None, [task], seed=0)
     assert done[0].status == TRUNCATED and done[0].turns == 2 and done[0].sampled[-1] == 1.0
 

@@ -90,6 +90,48 @@ def test_at_the_turn_limit_the_last_turn_is_taken_back_and_an_answer_asked_for(t
     assert run.status == TRUNCATED and run.trajectory.metadata == {}  # no room to ask
 
 
+SAID, PROTOCOL = "Answer now.", QUICKSTART["search"].propose(0, 3).final_request
+BY_PROTOCOL = [("search", None, PROTOCOL), ("search", "", ""), ("search", SAID, SAID)]
+BY_PROTOCOL += [("tool_calling", None, ""), ("tool_calling", "", ""), ("tool_calling", SAID, SAID)]
+
+
+@pytest.mark.parametrize(("domain", "limit", "words"), BY_PROTOCOL)
+def test_the_task_says_who_is_asked_for_an_answer_unless_the_limits_do(tokenizer, run_scripts, domain, limit, words):
+    task = QUICKSTART[domain].propose(0, 3)
+    messages = list(solve(task).messages)
+    tokens, _ = chat.tokenize(tokenizer, messages)
+    asked = [*messages[:3], {"role": "user", "content": words}, {"role": "assistant", "content": task.answer}]
+    scripts = [tokens, chat.tokenize(tokenizer, asked)[0]] if words else [tokens]
+    (run,) = run_scripts(dataclasses.replace(LIMITS, max_turns=2, final_request=limit), [task], scripts)
+    assert (run.status, run.trajectory.metadata.get("forced", False)) == ((FAILED, True) if words else (TRUNCATED, False))
+    assert [m["content"] for m in run.trajectory.messages if m["role"] == "user"][1:] == [words] * bool(words)
+    enough = run_scripts(dataclasses.replace(LIMITS, final_request=limit), [task], [tokens])[0]  # far from its limit nobody is asked
+    assert enough.status == FINISHED and "forced" not in enough.trajectory.metadata
+    np.testing.assert_array_equal(enough.tokens, tokens[: len(enough.tokens)])
+
+
+STRICT = """{% for m in messages %}{% if m.role == 'user' and not loop.first %}{{ raise_exception('roles must alternate') }}{% endif %}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_template_that_lets_nobody_ask_costs_the_run_alone(tokenizer, small_model, scripted, task, caplog):
+    strict = dataclasses.replace(tokenizer, chat_template=STRICT)
+    engine = Engine(small_model, strict, dataclasses.replace(LIMITS, max_turns=1))
+    prompt = engine.prompt(task, task.messages())
+    call = tokenizer.encode(chat.turn_text(solve(task).messages[1]))
+    script = [0] * (len(prompt) - 1) + [*call, tokenizer.eos_id]
+    runs = scripted(engine, [script, script]).run(None, [task, task], seed=0)[0]
+    assert [(run.status, run.turns, run.trajectory.metadata) for run in runs] == [(TRUNCATED, 1, {})] * 2
+    assert "cannot be asked for its answer, so it is TRUNCATED: the chat template refuses" in caplog.text
+
+
+def test_a_small_tokenizer_can_spell_the_protocol(tokenizer):
+    assert PROTOCOL and not any(tokenizer.spelling[i].startswith("<0x") for i in tokenizer.encode(PROTOCOL))
+
+
 @dataclasses.dataclass(frozen=True)
 class Talking:
     """A task whose user answers three times, after a while, and then breaks or lets the verifier judge."""
