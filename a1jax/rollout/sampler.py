@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..config import ConfigError
 from ..models import decode, transformer
 from ..models.config import ModelConfig
 from ..sharding import constrain, is_sharded
@@ -133,6 +135,16 @@ def make_unstack(cfg: ModelConfig):
     if cfg.num_blocks == 1 or jax.default_backend() != "cpu":
         return lambda params: params
     return jax.jit(functools.partial(decode.unstack, cfg=cfg))
+
+
+def seed_of(seed: int, use: str, number: int) -> int:
+    """The seed of one ``Engine.run``: of an experiment's seed, of what is sampled for (a stage's name) and of the how-manieth time it is.
+
+    A pure function, so that who goes on after a stop samples as it would have. Seeds below 2^32, uses of another crc32 and numbers below
+    2^32 each stand in bits of their own: no two stages, seeds or steps share their numbers. Raises ConfigError for others."""
+    if not (0 <= seed < 1 << 32 and 0 <= number < 1 << 32):
+        raise ConfigError(f"{use}: seed {seed} and number {number} of what is sampled must be at least 0 and below 2^32")
+    return (seed << 64) + (zlib.crc32(use.encode()) << 32) + number
 
 
 def run_uniforms(seed: int, run: int, attempt: int, length: int) -> np.ndarray:

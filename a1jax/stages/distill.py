@@ -29,6 +29,7 @@ from ..losses.divergence import Divergence
 from ..losses.sampled import sampled
 from ..models import moe, transformer
 from ..models.config import ModelConfig
+from ..rollout import sampler
 from ..rollout.agent import Engine, Limits
 from ..sharding import flatten_tokens
 from ..types import ABORTED, Metrics, Params, Rollout, TrainState
@@ -228,7 +229,7 @@ class OnPolicy:
         began = time.perf_counter()
         sources = {d: cfg.of.get(d, (experts.Prompts(cfg.lengths),)) for d in setting.domains}
         tasks = [t for d in setting.domains for t in experts.mixed_prompts(setting.families[d], sources[d], cfg.prompts, at, setting.seed)]
-        rollouts, counts = self.engine.run(state.params, tasks, seed=setting.seed * 1_000_003 + at)
+        rollouts, counts = self.engine.run(state.params, tasks, seed=sampler.seed_of(setting.seed, self.stage, at))
         sampled = time.perf_counter()
         kept_runs.keep_some(setting.workdir, self.stage, rollouts, at, cfg.save_every)
         pieces, left_out, shares, replay = [], 0, {}, setting.model if cfg.replay_routes else None

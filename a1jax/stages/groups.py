@@ -13,7 +13,7 @@ from ..config import ConfigError
 from ..data import packing
 from ..domains.base import Task
 from ..losses import advantages
-from ..rollout import rewards
+from ..rollout import rewards, sampler
 from ..rollout.agent import Engine, together
 from ..types import ABORTED, FINISHED, Batch, Metrics, Rollout, TrainState
 from . import kept_runs
@@ -132,7 +132,7 @@ class Reinforced:
                 break
             tasks = self.tasks.take(self.drawn, missing)
             self.drawn += missing
-            seed = self.setting.seed * 1_000_003 + int(state.step) * (1 + cfg.refills) + attempt
+            seed = sampler.seed_of(self.setting.seed, self.stage, int(state.step) * (1 + cfg.refills) + attempt)
             runs, new = self.engine.run(state.params, [task for task in tasks for _ in range(cfg.samples)], seed=seed)
             found.append(judge(cfg, tasks, runs))
             counts.append(new)

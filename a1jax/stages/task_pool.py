@@ -17,7 +17,7 @@ import numpy as np
 from .. import distributed, metrics
 from ..config import ConfigError
 from ..domains.base import Domain, Task
-from ..rollout import selection
+from ..rollout import sampler, selection
 from ..rollout.agent import Engine
 from ..rollout.rewards import rubric_fraction
 from ..types import ABORTED, Params, Rollout, Trajectory
@@ -107,7 +107,7 @@ def _try(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str) -> 
     candidates = tasks.take(0, cfg.candidates)
     repeated = [task for task in candidates for _ in range(cfg.tries)]
     with metrics.progress(f"{name}: tries", total=len(repeated)) as bar:
-        runs, _ = engine.run(params, repeated, seed=tasks.seed * 1_000_003 + 500_000, on_done=bar.add)
+        runs, _ = engine.run(params, repeated, seed=sampler.seed_of(tasks.seed, f"{name}: tries", 0), on_done=bar.add)
     groups = [_stand_in(runs[i : i + cfg.tries]) for i in range(0, len(runs), cfg.tries)]
     valid = np.asarray([bool(group) for group in groups])
     shape = (len(groups), cfg.tries)

@@ -3,10 +3,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from a1jax import params
+from a1jax.config import ConfigError
 from a1jax.models import decode, transformer
-from a1jax.rollout.sampler import invert, make_step, run_uniforms, sample
+from a1jax.rollout.sampler import invert, make_step, run_uniforms, sample, seed_of
 
 
 def test_inverse_distribution_by_hand():
@@ -57,6 +59,17 @@ def test_inversion_equals_the_running_sum_at_any_vocabulary():
 def test_numbers_of_a_run_are_its_own():
     assert (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 0, 8)).all()
     assert not (run_uniforms(1, 2, 0, 8) == run_uniforms(1, 2, 1, 8)).any()
+
+
+def test_no_stage_seed_or_step_samples_with_the_numbers_of_another():
+    assert seed_of(3, "123456789", 7) == (3 << 64) + (0xCBF43926 << 32) + 7  # the check value of crc32
+    asked = [(seed, use, number) for seed in (0, 1, 2) for use in ("distill", "teacher_search_2_grpo", "") for number in (0, 1, 2**32 - 1)]
+    assert len({seed_of(*one) for one in asked}) == 27
+    drawn = {run_uniforms(seed_of(*one), run, attempt, 4).tobytes() for one in asked for run in (0, 1) for attempt in (0, 1)}
+    assert len(drawn) == 4 * 27
+    for seed, number in ((-1, 0), (2**32, 0), (0, -1), (0, 2**32)):
+        with pytest.raises(ConfigError, match=f"distill: seed {seed} and number {number}"):
+            seed_of(seed, "distill", number)
 
 
 def test_bfloat16_hidden_states_are_sampled_from_float32_logits(small_model):

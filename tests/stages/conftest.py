@@ -1,5 +1,6 @@
 """A setting small enough to run stages in seconds."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -34,6 +35,18 @@ def tokenizer(domain_tokenizer):
 def setting(tokenizer, small_model, tmp_path):
     with metrics.Writer(tmp_path) as writer:
         yield Setting(small_model, tokenizer, NAMES, None, tmp_path, writer, 0, families=QUICKSTART)
+
+
+@pytest.fixture()
+def elsewhere():
+    """elsewhere(setting, name): the same in a folder of its own, where a stage of the same name, whose runs are then the same, is new."""
+    with contextlib.ExitStack() as stack:
+
+        def make(setting, name):
+            folder = setting.workdir / name
+            return dataclasses.replace(setting, workdir=folder, writer=stack.enter_context(metrics.Writer(folder)))
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -176,8 +176,8 @@ def test_scores_and_loss_on_a_mesh_are_those_of_one_device(setting):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch):
-    student, teachers = models
+def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(setting, models, monkeypatch, elsewhere):
+    (student, teachers), here = models, elsewhere(setting, "cut")
     cfg = dataclasses.replace(CFG, steps=16, save_every=6)
     whole = distill.run(cfg, student, taught(setting, teachers), setting, "whole")
     kl = [line["distill/kl"] for line in metrics.read(setting.workdir) if line["stage"] == "whole"]
@@ -191,9 +191,9 @@ def test_distillation_brings_the_student_to_its_teachers_and_resumes_bitwise(set
 
     monkeypatch.setattr(distill.OnPolicy, "next", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        distill.run(cfg, student, taught(setting, teachers), setting, "cut")
+        distill.run(cfg, student, taught(setting, teachers), here, "whole")
     monkeypatch.undo()
-    resumed = distill.run(cfg, student, taught(setting, teachers), setting, "cut")
+    resumed = distill.run(cfg, student, taught(setting, teachers), here, "whole")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
 
 

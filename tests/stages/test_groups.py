@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from a1jax.config import ConfigError, bind
 from a1jax.data import packing
 from a1jax.rollout import rewards
 from a1jax.rollout.agent import Limits
-from a1jax.stages import experts, groups, task_pool
+from a1jax.stages import distill, experts, groups, task_pool
 from a1jax.stages.grpo import GrpoConfig
 from a1jax.stages.task_pool import Pool, Tasks
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED, Rollout, Trajectory
@@ -192,6 +193,28 @@ def test_a_source_goes_on_where_it_was(source, state):
     got = resumed.next(state.replace(step=np.int32(3)))[0]
     assert saved["drawn"] > 6
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_no_stage_samples_with_the_numbers_of_another(source, setting, state, guess, tmp_path):
+    seeds = {}
+    for stage in ("teacher_search_1_grpo", "teacher_search_2_grpo"):
+        for step in (0, 1):
+            made = source(Script(lambda task: MIXED))
+            made.stage = stage
+            made.next(state.replace(step=np.int32(step)))
+            seeds[stage, step] = made.engine.seeds
+        tries = Script(lambda task: [(FINISHED,), (FAILED,)])
+        tasks = Tasks(guess(), CFG.sources, 0, 0)
+        task_pool.choose(Pool(candidates=2, select="mixed", tries=2), tasks, tries, {}, tmp_path / f"{stage}.json", stage)
+        seeds[stage, "tries"] = tries.seeds
+        asked = []
+        engine = SimpleNamespace(run=lambda params, tasks, seed, asked=asked: asked.append(seed) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distill.OnPolicy(distill.DistillConfig(lengths=(1,), prompts=1), setting, engine, {}, stage).next(state)
+        seeds[stage, "distill"] = asked
+    assert [len(found) for found in seeds.values()] == [1] * 8
+    assert len({seed for found in seeds.values() for seed in found}) == 6  # of one name a stage is either GRPO or distillation
+    assert all(seeds[stage, "distill"] == seeds[stage, 0] for stage, _ in seeds)
 
 
 def test_a_pool_is_reused_in_epochs_and_fresh_tasks_never_come_again(source, state):

@@ -85,8 +85,8 @@ def test_a_bandit_is_learnt(stage):
     assert names <= set(found[0])
 
 
-def test_a_killed_stage_goes_on_bitwise(stage, monkeypatch):
-    setting, start = stage
+def test_a_killed_stage_goes_on_bitwise(stage, monkeypatch, elsewhere):
+    (setting, start), here = stage, elsewhere(stage[0], "killed")
     cfg = dataclasses.replace(CFG, pool=Pool(candidates=3), refills=2)
     whole = grpo.run(cfg, start, setting, "search", "whole")
     assert not same(whole, start)
@@ -99,10 +99,10 @@ def test_a_killed_stage_goes_on_bitwise(stage, monkeypatch):
 
     monkeypatch.setattr(groups.Reinforced, "next", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        grpo.run(cfg, start, setting, "search", "cut")
+        grpo.run(cfg, start, here, "search", "whole")
     monkeypatch.undo()
-    assert same(grpo.run(cfg, start, setting, "search", "cut"), whole)
-    kept = [[(x["step"], x["loss"], x["grpo/runs_per_task"]) for x in lines(setting, name)] for name in ("whole", "cut")]
+    assert same(grpo.run(cfg, start, here, "search", "whole"), whole)
+    kept = [[(x["step"], x["loss"], x["grpo/runs_per_task"]) for x in lines(where, "whole")] for where in (setting, here)]
     assert kept[0] == kept[1] and len(kept[0]) == 5
 
 

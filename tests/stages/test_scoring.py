@@ -199,10 +199,10 @@ def test_a_run_that_the_teachers_template_refuses_is_masked_and_a_template_that_
         score(second)
 
 
-def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkeypatch):
+def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkeypatch, elsewhere):
     teachers = {setting.domains[0]: stranger, setting.domains[1]: scoring.Teacher(models[1], setting.model, setting.tokenizer)}
     cfg = dataclasses.replace(CFG, coverage_every=2)
-    whole = distill.run(cfg, models[0], teachers, setting, "whole")
+    whole, here = distill.run(cfg, models[0], teachers, setting, "whole"), elsewhere(setting, "cut")
     original = distill.OnPolicy.next
 
     def interrupted(self, state):
@@ -212,9 +212,9 @@ def test_a_run_with_a_stranger_resumes_bitwise(setting, models, stranger, monkey
 
     monkeypatch.setattr(distill.OnPolicy, "next", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        distill.run(cfg, models[0], teachers, setting, "cut")
+        distill.run(cfg, models[0], teachers, here, "whole")
     monkeypatch.undo()
-    resumed = distill.run(cfg, models[0], teachers, setting, "cut")
+    resumed = distill.run(cfg, models[0], teachers, here, "whole")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
     from a1jax import metrics
 
