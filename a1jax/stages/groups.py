@@ -46,7 +46,7 @@ def judge(cfg: GrpoConfig, tasks: list[Task], runs: list[Rollout]) -> Groups:
     """Rewards and advantages of the runs, ``cfg.samples`` in a row for each task. Raises ConfigError for a reward that is no number, and
     under "papo" for one that is neither 0 nor 1."""
     n, g = len(tasks), cfg.samples
-    runs = [_with_rubrics(tasks[i // g], run) if cfg.reads_rubrics else run for i, run in enumerate(runs)]
+    runs = [_with_rubrics(tasks[i // g], run) for i, run in enumerate(runs)]
     found = [None if run.status == ABORTED else cfg.reward(run.trajectory) for run in runs]
     statuses = [[run.status for run in runs[i * g : (i + 1) * g]] for i in range(n)]
     valid, looked = advantages.counted(statuses, cfg.overlong == "mask")
@@ -83,6 +83,7 @@ def _noted(run: Rollout, **facts: Any) -> Rollout:
 
 
 def _with_rubrics(task: Task, run: Rollout) -> Rollout:
+    """Any reward may read rubrics: a run that a budget cut gets them too. That costs no more than the verdict on a run that ended."""
     return run if run.status == ABORTED else _noted(run, rubrics=list(rubrics(task, run.trajectory)))
 
 

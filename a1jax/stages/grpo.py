@@ -74,7 +74,7 @@ class GrpoConfig:
     samples: int = 8  # runs per group
     sources: tuple[experts.Prompts, ...] = (experts.Prompts((1, 2, 4, 8)),)  # what tasks are drawn from, in equal shares
     pool: task_pool.Pool | None = None  # a finite choice of those tasks, reused in epochs; None: fresh tasks every step
-    reward: Binding = bind(rewards.outcome_reward)  # trajectory -> rollout.rewards.Reward
+    reward: Binding = bind(rewards.outcome_reward)  # trajectory -> rollout.rewards.Reward; metadata["rubrics"] is there in every run
     advantage: Literal["group", "papo"] = "group"  # papo: failed runs are also compared by the share of rubrics met
     deviation: bool = True  # advantages are divided by the group's deviation; False: nearly solved prompts weigh no more than others
     process_coefficient: float = 0.5  # papo only: weight of that comparison
@@ -110,11 +110,6 @@ class GrpoConfig:
             raise ConfigError("GrpoConfig.limits.temperature is 0: all runs of a group would be one; the paper samples at 1.0")
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("GrpoConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
-
-    @property
-    def reads_rubrics(self) -> bool:
-        """Whether runs that a budget cut have to be judged by their rubrics as well."""
-        return self.advantage == "papo" or self.reward.fn is rewards.rubric_reward
 
 
 def weigh(data: dict[str, Any], objective: Objective) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_rewards_may_count_rubrics(guess):
         judged(dataclasses.replace(CFG, reward=bind(not_a_number)), guess, (FAILED,), (FAILED,))
 
 
+def test_any_reward_may_read_rubrics_of_any_run(guess):
+    found = judged(dataclasses.replace(CFG, reward=bind(half_of_what_was_met)), guess, (FINISHED, (1, 1)), (TRUNCATED,), (ABORTED,))
+    assert [reward and reward.total for reward in found.rewards] == [0.5, 0.0, None]
+    assert [run.trajectory.metadata.get("rubrics") for run in found.runs] == [[1, 1], [False, False], None]
+
+
+def half_of_what_was_met(trajectory):
+    return rewards.Reward(0.5 * rewards.rubric_fraction(trajectory.metadata["rubrics"]), {})
+
+
 def not_a_number(trajectory):
     return rewards.Reward(float("nan"), {})
 
