@@ -111,9 +111,15 @@ def drawn(family: Domain, sources: Sequence[Prompts], places: Sequence[int], see
     """The training tasks at some places of an endless row: sources in turn, and of each its lengths, shuffled anew every time round.
 
     A task is a function of its place, whoever asks and in whatever portions. family: of a source that names none. lane: 0 to 9.
+    Raises ConfigError for a place from LANE on, which would be a task of the next lane.
     """
     out, start = [], STARTS["reinforce"] + seed * 10 * LANE + lane * LANE
     for place in places:
+        if not 0 <= place < LANE:
+            raise ConfigError(
+                f"{family.name}: a stage of reinforcement has tasks 0 to {LANE - 1} and wants {place}, which is another stage's; reuse "
+                "some (GrpoConfig.pool), or take fewer steps, prompts, refills or candidates"
+            )
         number, which = divmod(int(place), len(sources))
         source = sources[which]
         round_, at = divmod(number, len(source.lengths))

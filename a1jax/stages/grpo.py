@@ -98,6 +98,11 @@ class GrpoConfig:
         for name in ("steps", "prompts", "updates", "rows", "max_length", "microbatches", "vocab_block", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"GrpoConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.pool is None and self.steps * self.prompts > experts.LANE:
+            raise ConfigError(
+                f"GrpoConfig: {self.steps} steps of {self.prompts} prompts want {self.steps * self.prompts} fresh tasks, and a stage has "
+                f"{experts.LANE}; set pool to reuse some, or take fewer steps or prompts"
+            )
         if self.samples < 2:
             raise ConfigError(f"GrpoConfig.samples is {self.samples}; a group needs at least 2 runs to be compared")
         if not self.sources or self.refills < 0 or self.process_coefficient < 0:

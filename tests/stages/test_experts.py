@@ -35,6 +35,17 @@ def test_lengths_come_in_turn_also_where_a_step_has_room_for_some():
     assert [sorted(steps[0][at : at + 3]) for at in (0, 3)] == [[1, 2, 3], [1, 2, 4]] and sorted(steps[1][:3]) == [1, 2, 4]
 
 
+def test_a_stage_of_reinforcement_draws_no_task_of_the_next_one():
+    def drawn(place, lane):
+        return experts.drawn(QUICKSTART["search"], (experts.Prompts((1, 2)),), [place], 0, lane)[0]
+
+    last, first = (int(task.task_id.rpartition("-")[2]) for task in (drawn(experts.LANE - 1, 3), drawn(0, 4)))
+    assert last + 1 == first
+    for place in (experts.LANE, experts.LANE + 7, -1):
+        with pytest.raises(ConfigError, match=f"search: a stage of reinforcement has tasks 0 to 99999 and wants {place}"):
+            drawn(place, 3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_supervise_what_the_expert_wrote(name, tokenizer):
     (steps, example), *_ = experts.examples(QUICKSTART[name], 1, experts.Runs({2: 1}), "sft", 0, tokenizer, False)

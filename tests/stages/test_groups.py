@@ -288,6 +288,7 @@ REFUSED = (
     {"rows": 3, "microbatches": 2},
     {"max_length": 16},
     {"sources": ()},
+    {"steps": 50_001},  # of 2 prompts: more fresh tasks than a lane has
     {"replay_routes": True},
     {"limits": dataclasses.replace(LIMITS, temperature=0.0)},
 )
@@ -297,6 +298,7 @@ REFUSED = (
 def test_settings_that_make_no_sense_are_refused(changes):
     with pytest.raises(ConfigError, match="GrpoConfig"):
         dataclasses.replace(CFG, **changes)
+    assert dataclasses.replace(CFG, steps=50_000) and dataclasses.replace(CFG, steps=50_001, pool=Pool(candidates=9))
     with pytest.raises(ConfigError, match="say how many"):
         Pool(candidates=3, select="near_misses")
     with pytest.raises(ConfigError, match="at least twice"):
