@@ -63,11 +63,17 @@ class Objective:
             raise ConfigError("Objective.kl_coefficient and Objective.entropy_coefficient must not be negative")
 
 
+PAPER_LIMITS = Limits(max_turns=300, max_turn_tokens=4096, max_length=131_072, temperature=1.0)
+"""The search teacher's budgets in the paper: 300 tool calls (one a turn), 4,096 tokens a response (of a turn), 131,072 a run. What else
+``Limits`` has is the machine's: slots, feed_tokens, workers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
     """Prompts, rollouts, clip, KL, entropy, temperature and learning rate are the search teacher's in the paper, which gives no steps.
 
-    Its budgets there: 4,096 tokens a response, 131,072 a run, 300 tool calls; set them in ``limits``."""
+    Its budgets are ``PAPER_LIMITS``. The default here is smaller, as are ``rows`` and ``max_length``: runs of the embedded domains in the
+    small tokenizer have some hundred tokens, and a cache of 131,072 for every slot fits no small machine."""
 
     steps: int = 60  # rollout-and-update steps
     prompts: int = 32  # groups per step

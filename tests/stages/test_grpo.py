@@ -255,4 +255,7 @@ def test_the_paper_is_the_default():
     o, rate = cfg.objective, cfg.optimizer.kwargs
     assert (o.clip_low, o.clip_high, o.kl_coefficient, o.entropy_coefficient, o.old) == (0.2, 0.28, 0.001, 0.0001, "rollout")
     assert (cfg.prompts, cfg.samples, cfg.limits.temperature) == (32, 8, 1.0)
+    budgets = grpo.PAPER_LIMITS  # <= 300 tool calls, responses <= 4,096, sequences <= 131,072 (4.2); a search run is asked (2.2)
+    assert (budgets.max_turns, budgets.max_turn_tokens, budgets.max_length, budgets.temperature) == (300, 4096, 131072, 1.0)
+    assert (budgets.max_response, budgets.final_request) == (0, None)
     assert rate["learning_rate"] == 1e-6 and rate["final"] == 1.0 and rate["warmup"] == 0.0
