@@ -78,14 +78,15 @@ import dataclasses
 from a1jax import optim
 from a1jax.analysis import report
 from a1jax.config import ConfigError, bind
-from a1jax.domains import DOMAINS
+from a1jax.domains import DOMAINS, LongContext
+from a1jax.domains.science import Science
 from a1jax.models import config as models
 from a1jax.rollout.agent import Limits
 from a1jax.stages import recipes
 from a1jax.stages.distill import DistillConfig
 from a1jax.stages.evaluate import Evaluation
 from a1jax.stages.experts import Prompts, Runs
-from a1jax.stages.grpo import GrpoConfig, Objective
+from a1jax.stages.grpo import PAPER_LIMITS, GrpoConfig, Objective
 from a1jax.stages.pipeline import Experiment, TokenizerConfig
 from a1jax.stages.setting import MeshConfig
 from a1jax.stages.sft import SftConfig
@@ -94,7 +95,17 @@ from a1jax.stages.teacher import TeacherConfig
 MESHES = {"v5p-256": {"fsdp": 16, "context": 8}, "v6e-256": {"fsdp": 16, "context": 16}}
 LENGTH = 131_072
 NAMES = ("search", "engineering", "science", "instruction_following", "tool_calling", "general")
-EXPERTS, PROMPTS = Runs({1: 2000, 2: 2000, 3: 2000, 4: 2000}), (Prompts((1, 2, 3, 4)),)
+STEPS = (1, 2, 3, 4)
+EXPERTS, PROMPTS = Runs(dict.fromkeys(STEPS, 2000)), (Prompts(STEPS),)
+# What else two domains have: science without tools; questions over long contexts, counted in fours of characters, of which the tokenizer
+# makes two ids: the longest have about 98,000.
+DERIVATIONS = Science(tools=False)
+CONTEXTS = tuple(LongContext(tokens=n) for n in (2_048, 16_384, 49_152))
+QUESTIONS = tuple(Prompts(STEPS, family) for family in CONTEXTS)
+BOTH = {  # domain -> runs of both kinds
+    "science": (EXPERTS, Runs(EXPERTS.counts, DERIVATIONS)),
+    "instruction_following": (EXPERTS, *(Runs(dict.fromkeys(STEPS, n), family) for n, family in zip((500, 50, 10), CONTEXTS, strict=True))),
+}
 
 
 def get_config(arg: str = "") -> Experiment:
@@ -102,10 +113,7 @@ def get_config(arg: str = "") -> Experiment:
     if arg not in ("", "smoke", *MESHES):
         raise ConfigError(f"agents_a1_35b has no argument '{arg}'; there are 'v5p-256', 'v6e-256' and 'smoke'")
     sft = SftConfig(steps=2146, rows=16, max_length=LENGTH, optimizer=bind(optim.adamw), save_every=200)
-    # 300 tool calls, 4,096 tokens a response, 131,072 a run
-    limits = Limits(
-        slots=256, max_turns=300, max_turn_tokens=4096, max_length=LENGTH, temperature=1.0, feed_tokens=2048, workers=64, show_tools=True
-    )
+    limits = dataclasses.replace(PAPER_LIMITS, slots=256, feed_tokens=2048, workers=64, show_tools=True)
     cfg = Experiment(
         name="agents_a1_35b",
         main=bind(report.run),
@@ -113,13 +121,14 @@ def get_config(arg: str = "") -> Experiment:
         tokenizer=TokenizerConfig(path="models/Qwen3.5-35B-A3B/tokenizer.json"),
         domains=NAMES,
         families={d: DOMAINS[d] for d in NAMES},
-        runs=dict.fromkeys(NAMES, EXPERTS),
+        runs=dict.fromkeys(NAMES, EXPERTS) | BOTH,
         sft=sft,
         teachers=teachers(dataclasses.replace(sft, steps=300), limits),
         distill=DistillConfig(
             steps=300,
             prompts=32,
-            lengths=(1, 2, 3, 4),
+            lengths=STEPS,
+            of={"science": (*PROMPTS, Prompts(STEPS, DERIVATIONS)), "instruction_following": PROMPTS * len(QUESTIONS) + QUESTIONS},
             rows=16,
             max_length=LENGTH,
             k=128,
@@ -129,14 +138,20 @@ def get_config(arg: str = "") -> Experiment:
             limits=limits,
             microbatches=6,
         ),
-        evaluation=Evaluation(counts={1: 50, 2: 50, 4: 50}),
-        admission=Evaluation(counts={1: 32, 4: 32}),
+        evaluation=held_out({1: 50, 2: 50, 4: 50}),
+        admission=held_out({1: 32, 4: 32}),
         limits=dataclasses.replace(limits, temperature=0.0),
         mesh=MeshConfig(MESHES.get(arg or "v5p-256", {})),
         elsewhere=False,
         initial="models/qwen3_5_35b_a3b",
     )
     return smoke(cfg) if arg == "smoke" else cfg
+
+
+def held_out(counts: dict[int, int]) -> Evaluation:
+    """Tasks of every length, and as many questions over contexts of each length."""
+    long = tuple(Runs(counts, family) for family in CONTEXTS)
+    return Evaluation(counts, of={"instruction_following": (Runs(counts), *long)})
 
 
 def teachers(sft: SftConfig, limits: Limits) -> dict[str, TeacherConfig]:
@@ -156,8 +171,8 @@ def teachers(sft: SftConfig, limits: Limits) -> dict[str, TeacherConfig]:
     return {
         "search": recipes.search(EXPERTS, sft, grpo, PROMPTS, candidates=8000),
         "engineering": recipes.sft_then_grpo(EXPERTS, sft, grpo, PROMPTS),
-        "science": recipes.science(EXPERTS, sft, EXPERTS, sft),
-        "instruction_following": recipes.instruction_following(grpo, PROMPTS, grpo, PROMPTS),
+        "science": recipes.science(Runs(EXPERTS.counts, DERIVATIONS), sft, EXPERTS, sft),
+        "instruction_following": recipes.instruction_following(grpo, PROMPTS, grpo, QUESTIONS),
         "tool_calling": recipes.tool_calling(EXPERTS, sft, grpo, PROMPTS, candidates=2000),
         "general": recipes.sft_then_grpo(EXPERTS, sft, grpo, PROMPTS),
     }
@@ -165,36 +180,48 @@ def teachers(sft: SftConfig, limits: Limits) -> dict[str, TeacherConfig]:
 
 def smoke(cfg: Experiment) -> Experiment:
     """The same path with a tiny model of the same pattern and short runs, on one device."""
-    length, few = 384, Runs({1: 60})
+    length = 384
     sft = dataclasses.replace(cfg.sft, steps=4, rows=4, max_length=length, save_every=2, log_every=2, loss_tile=256)
     limits = dataclasses.replace(
         cfg.limits, slots=16, max_turns=4, max_turn_tokens=24, max_length=length, feed_tokens=0, workers=4, show_tools=False
     )
     sampling = dataclasses.replace(limits, temperature=1.0)
 
+    def brief(source):
+        """Of one step, from the same family; a context as short as its register can be."""
+        family = LongContext(tokens=150, distractors=0) if isinstance(source.family, LongContext) else source.family
+        return Prompts((1,), family) if isinstance(source, Prompts) else Runs({1: 60}, family)
+
+    def few(sources):
+        found = [brief(one) for one in (sources if isinstance(sources, tuple) else (sources,))]
+        return tuple(one for i, one in enumerate(found) if one not in found[:i])
+
     def phase(one):
         if not isinstance(one, GrpoConfig):
-            return dataclasses.replace(one, runs=few, sft=sft)
+            return dataclasses.replace(one, runs=few(one.runs), sft=sft)
         pool = one.pool and dataclasses.replace(one.pool, candidates=4, select="all", size=0)
-        short = {"steps": 2, "prompts": 2, "samples": 2, "rows": 8, "microbatches": 2, "max_length": length, "save_every": 1}
+        small = {"steps": 2, "prompts": 2, "samples": 2, "rows": 8, "microbatches": 2, "max_length": length, "save_every": 1}
         return dataclasses.replace(
-            one, **short, sources=(Prompts((1,)),), refills=0, drop_equal=False, pool=pool, limits=sampling, vocab_block=256
+            one, **small, sources=few(one.sources), refills=0, drop_equal=False, pool=pool, limits=sampling, vocab_block=256
         )
 
     recipe = {d: dataclasses.replace(t, recipe=tuple(map(phase, t.recipe))) for d, t in cfg.teachers.items()}
-    short = {"steps": 2, "prompts": 2, "lengths": (1,), "rows": 2, "max_length": length, "k": 16, "microbatches": 2, "save_every": 1}
+    small = {"steps": 2, "prompts": 2, "lengths": (1,), "rows": 2, "max_length": length, "k": 16, "microbatches": 2, "save_every": 1}
+    held = Evaluation({1: 1}, of={d: tuple(Runs({1: 1}, r.family) for r in few(runs)) for d, runs in cfg.evaluation.of.items()})
     return dataclasses.replace(
         cfg,
         name="agents_a1_35b-smoke",
         model=models.tiny_deep(vocab_size=1280, remat="layer"),
         tokenizer=TokenizerConfig(vocab_size=1280),
-        runs=dict.fromkeys(NAMES, few),
+        runs={d: few(runs) for d, runs in cfg.runs.items()},
         sft=sft,
         teachers=recipe,
-        distill=dataclasses.replace(cfg.distill, **short, limits=sampling, vocab_block=256),
+        distill=dataclasses.replace(
+            cfg.distill, **small, of={d: few(sources) for d, sources in cfg.distill.of.items()}, limits=sampling, vocab_block=256
+        ),
         control=dataclasses.replace(sft, steps=2),
-        evaluation=Evaluation(counts={1: 1}),
-        admission=Evaluation(counts={1: 1}),
+        evaluation=held,
+        admission=held,
         limits=limits,
         mesh=MeshConfig(),
         initial="",

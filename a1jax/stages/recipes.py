@@ -7,8 +7,9 @@ engineering and the general agentic teacher it gives the data and no recipe: the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from ..config import Binding, bind
+from ..config import Binding, ConfigError, bind
 from ..rollout import rewards
 from . import experts
 from .grpo import GrpoConfig
@@ -42,15 +43,28 @@ def search(
 
 
 def science(without_tools: Runs, first: SftConfig, with_tools: Runs, second: SftConfig) -> TeacherConfig:
-    """Two SFT stages: reasoning without tools, then with them. The families of the runs say which is which."""
+    """Two SFT stages: reasoning without tools, then with them. The families of the runs say which is which, so they must differ."""
+    _must_differ("science", "without_tools", experts.several(without_tools), "with_tools", experts.several(with_tools))
     return TeacherConfig((SftPhase(without_tools, first, own=False), SftPhase(with_tools, second)))
 
 
 def instruction_following(rules: GrpoConfig, constraints: Sources, long: GrpoConfig, questions: Sources) -> TeacherConfig:
     """GRPO twice: constraints that rules verify, then answers matched over long contexts. Groups whose rewards are all equal are dropped,
-    the reward is correctness."""
+    the reward is correctness. The families of the two say which is which, so they must differ."""
+    _must_differ("instruction_following", "constraints", constraints, "questions", questions)
     phases = ((rules, constraints), (long, questions))
     return TeacherConfig(tuple(dataclasses.replace(grpo, sources=sources, drop_equal=True) for grpo, sources in phases))
+
+
+def _must_differ(recipe: str, one: str, first: Sequence, other: str, second: Sequence) -> None:
+    """Raises ConfigError where both are drawn from the same families: the second phase would be the first one again."""
+    a, b = ([source.family for source in sources] for sources in (first, second))
+    if all(family in b for family in a) and all(family in a for family in b):
+        named = ", ".join("the domain's own" if family is None else repr(family) for family in a) or "none"
+        raise ConfigError(
+            f"recipes.{recipe}: {one} and {other} are drawn from the same families ({named}), so the second phase would be the first one "
+            "again; set the family of one of them"
+        )
 
 
 def tool_calling(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -23,6 +24,7 @@ from a1jax.stages.sft import SftConfig
 from a1jax.stages.task_pool import Pool
 from a1jax.stages.teacher import SftPhase, TeacherConfig
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS, SOURCES = Runs({1: 3, 2: 2}), (Prompts((1, 2)),)
 SFT, GRPO = SftConfig(steps=7), GrpoConfig(steps=5, prompts=2, samples=4, rows=4)
 
@@ -38,19 +40,54 @@ def test_science_learns_without_tools_first():
     without, with_tools = Runs({1: 2}, Science(tools=False)), Runs({1: 2})
     recipe = recipes.science(without, SFT, with_tools, SFT).recipe
     assert [phase.runs for phase in recipe] == [without, with_tools] and [phase.own for phase in recipe] == [False, True]
+    assert recipes.science((without, with_tools), SFT, with_tools, SFT) and recipes.science(without, SFT, (without, with_tools), SFT)
+    for first, second in ((RUNS, with_tools), (without, (without, without)), ((without, RUNS), (with_tools, without))):
+        with pytest.raises(ConfigError, match=r"recipes.science: without_tools and with_tools are drawn from the same families \("):
+            recipes.science(first, SFT, second, SFT)
 
 
 def test_instruction_following_is_reinforced_twice():
     questions = (Prompts((1,), LongContext()),)
     first, second = recipes.instruction_following(dataclasses.replace(GRPO, drop_equal=False), SOURCES, GRPO, questions).recipe
     assert (first.sources, second.sources) == (SOURCES, questions) and first.drop_equal and second.drop_equal
+    with pytest.raises(
+        ConfigError, match=r"constraints and questions are drawn from the same families \(the domain's own\), so"
+    ) as refused:
+        recipes.instruction_following(GRPO, SOURCES, GRPO, (Prompts((5,)),))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("arg", ["v5p-256", "smoke"])
+def test_the_35b_follows_the_paper(arg):
+    """Derivations before tools, constraints before long contexts, also in stages 1 and 3; its budgets (4.2)."""
+    cfg = config.load(f"{ROOT}/experiments/agents_a1_35b.py:{arg}")
+
+    def kinds(sources):
+        found = [x.family for x in (sources if isinstance(sources, tuple) else (sources,))]
+        return {"long" if isinstance(f, LongContext) else "derivations" if f == Science(tools=False) else f for f in found}
+
+    def phases(domain):
+        return [kinds(phase.runs if isinstance(phase, SftPhase) else phase.sources) for phase in cfg.teachers[domain].recipe]
+
+    assert phases("science") == [{"derivations"}, {None}] and phases("instruction_following") == [{None}, {"long"}]
+    for of in (cfg.runs, cfg.distill.of):
+        assert (kinds(of["science"]), kinds(of["instruction_following"])) == ({None, "derivations"}, {None, "long"})
+    assert kinds(cfg.evaluation.of["instruction_following"]) == kinds(cfg.admission.of["instruction_following"]) == {None, "long"}
+    for domain in cfg.domains:
+        for source in (*experts.several(cfg.runs[domain]), *cfg.teachers[domain].families()):
+            task = (source.family or cfg.family(domain)).propose(0, 1)
+            assert len(task.question) < 2 * cfg.limits.max_length  # what is asked leaves room: no two ids a character
+    sampling = [p.limits for t in cfg.teachers.values() for p in t.recipe if isinstance(p, GrpoConfig)] + [cfg.distill.limits]
+    if arg != "smoke":
+        own = {"slots": 256, "feed_tokens": 2048, "workers": 64, "show_tools": True}
+        assert len(sampling) == 7 and all(limits == dataclasses.replace(grpo.PAPER_LIMITS, **own) for limits in sampling)
+        assert (sampling[0].max_turns, sampling[0].max_turn_tokens, sampling[0].max_length) == (300, 4096, 131072)
 
 
 def test_tool_calling_reuses_near_misses_under_the_asymmetric_advantage():
     _, second = recipes.tool_calling(RUNS, SFT, GRPO, SOURCES, candidates=300).recipe
     assert second.pool == Pool(candidates=300, select="near_misses", tries=5, size=64)
     assert (second.advantage, second.process_coefficient, second.reward.fn) == ("papo", 0.5, rewards.outcome_reward)
-    assert second.reads_rubrics
 
 
 def test_a_recipe_is_a_config_like_any_other(tmp_path):
