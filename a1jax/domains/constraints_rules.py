@@ -3,7 +3,8 @@
 Names, arguments and verdicts are the published ones, oddities included where a model could meet them (each is said below), except:
 keywords are literal text here, not regular expressions; sentences and words in capitals are counted by rules, not by Punkt's model; the
 language is told with a fixed seed, and of text in capitals by its small letters (``constraints_text.language`` says why); and every
-predicate takes time linear in the text, whatever the text. No predicate raises on any string. Texts that are blank never get here: ``constraints.Rule`` refuses them.
+predicate takes time linear in the text, whatever the text.
+No predicate raises on any string. Texts that are blank never get here: ``constraints.Rule`` refuses them.
 """
 
 from __future__ import annotations
