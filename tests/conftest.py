@@ -36,12 +36,15 @@ jaxtyping.install_import_hook(["a1jax.models", "a1jax.losses", "a1jax.kernels"],
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 
-# Files are handed to the workers in this order, then the rest: one that takes minutes must not be the last to start.
+# Files are handed to the workers in this order, then the rest: one that takes long must not be the last to start.
 LONGEST = """
 stages/test_processes.py kernels/test_tpu_compiles.py stages/test_elastic.py stages/test_scoring.py stages/test_distill.py
-stages/test_pipeline.py test_interruption.py stages/test_mesh.py stages/test_sft.py test_lost_process.py models/test_parallel.py
-models/test_attention_compiles.py kernels/test_aligned.py models/test_parity.py stages/test_where_arrays_lie.py stages/test_real_runs.py
-stages/test_full.py align/test_whole.py stages/test_grpo.py stages/test_scoring_dense.py align/test_batch_targets.py
+stages/test_pipeline.py test_interruption.py test_notebooks.py stages/test_mesh.py stages/test_sft.py models/test_parallel.py
+analysis/test_35b_compiles.py test_lost_process.py models/test_attention_compiles.py kernels/test_aligned.py models/test_parity.py
+stages/test_where_arrays_lie.py stages/test_real_runs.py analysis/test_compile.py stages/test_full.py align/test_whole.py
+stages/test_grpo.py stages/test_scoring_dense.py align/test_batch_targets.py stages/test_folders.py models/test_transformer.py
+models/test_prefill.py stages/test_generate.py domains/test_engineering.py domains/test_sandbox.py rollout/test_agent.py
+test_checkpoint.py test_main.py test_packaging.py
 """.split()
 
 # What `pytest -m quick` runs: a part of every room, files or single tests, without the packages that only the parity tests need.
