@@ -81,7 +81,7 @@ def start(*folders, pause=0.0):
     ]
 
 
-def ended(processes, seconds=120):
+def ended(processes, seconds=240):
     """(exit code, standard error) of each."""
     try:
         return [(process.returncode, err) for process in processes for _, err in [process.communicate(timeout=seconds)]]
