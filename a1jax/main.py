@@ -17,7 +17,7 @@ import logging
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from a1jax import __version__, interruption
 
@@ -255,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         help="all sensible mesh shapes, or those of a JSON list; sorted by tokens/s a chip",
     )
     each = commands.add_parser("generate", help="make trajectories of a domain", description="Accepted tasks of a domain -> trajectories.")
-    each.add_argument("--domain", metavar="D", required=True, help="search, ..., general; long_context, store, science_words")
+    each.format_help = _naming_families(each)
+    each.add_argument("--domain", metavar="D", required=True, help="one of those below")
     each.add_argument("--tasks", metavar="N", type=int, required=True, help="runs to write")
     each.add_argument("--horizon", metavar="TOKENS", type=int, required=True, help="mean length of the finished runs, from the question on")
     each.add_argument("--out", metavar="FILE", required=True, help="the .jsonl or .jsonl.gz to write")
@@ -314,6 +315,20 @@ def _parser() -> argparse.ArgumentParser:
         help="folders of runs or sweeps, finished or not, or a sweep in one file; several seeds are pooled",
     )
     return parser
+
+
+def _naming_families(parser: argparse.ArgumentParser) -> Callable[[], str]:
+    """The parser's ``format_help``, with the families that there are: imported only when it is asked."""
+    plain = parser.format_help
+
+    def told() -> str:
+        from a1jax.stages.generate import FAMILIES, NEEDS
+
+        needs = "; ".join(f"{name} needs --set {what}" for name, what in NEEDS.items())
+        parser.epilog = f"domains: {', '.join(FAMILIES)}; {needs}"
+        return plain()
+
+    return told
 
 
 def _refuse_another_run(cfg: object, workdir: pathlib.Path) -> None:

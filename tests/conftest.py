@@ -36,23 +36,32 @@ jaxtyping.install_import_hook(["a1jax.models", "a1jax.losses", "a1jax.kernels"],
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 
-# Files are handed to the workers in this order, then the rest: one that takes minutes must not be the last to start.
+# Files are handed to the workers in this order, then the rest: one that takes long must not be the last to start.
 LONGEST = """
 stages/test_processes.py kernels/test_tpu_compiles.py stages/test_elastic.py stages/test_scoring.py stages/test_distill.py
-stages/test_pipeline.py test_interruption.py stages/test_mesh.py stages/test_sft.py test_lost_process.py models/test_parallel.py
-models/test_attention_compiles.py kernels/test_aligned.py models/test_parity.py stages/test_where_arrays_lie.py stages/test_real_runs.py
-stages/test_full.py align/test_whole.py stages/test_grpo.py stages/test_scoring_dense.py align/test_batch_targets.py
+stages/test_pipeline.py test_interruption.py test_notebooks.py stages/test_mesh.py stages/test_sft.py models/test_parallel.py
+analysis/test_35b_compiles.py test_lost_process.py models/test_attention_compiles.py kernels/test_aligned.py models/test_parity.py
+stages/test_where_arrays_lie.py stages/test_real_runs.py analysis/test_compile.py stages/test_full.py align/test_whole.py
+stages/test_grpo.py stages/test_scoring_dense.py align/test_batch_targets.py stages/test_folders.py models/test_transformer.py
+models/test_prefill.py stages/test_generate.py domains/test_engineering.py domains/test_sandbox.py rollout/test_agent.py
+test_checkpoint.py test_main.py test_packaging.py
 """.split()
 
 # What `pytest -m quick` runs: a part of every room, files or single tests, without the packages that only the parity tests need.
 QUICK = """
 test_config.py test_params.py test_sharding.py test_train.py test_checkpoint.py test_metrics.py test_main.py
-models/test_layers.py models/test_transformer.py::test_remat_per_layer_changes_no_value
+models/test_layers.py
 losses/test_masked.py losses/test_sampled.py losses/test_cross_entropy.py losses/test_token_logp.py losses/test_advantages.py
 losses/test_grpo.py align/test_spans.py align/test_positions.py align/test_vocab_map.py align/test_target.py
 data/test_packing.py data/test_batches.py data/test_trajectories.py domains/test_domains.py domains/test_general.py domains/test_stopping.py
 rollout/test_turns.py rollout/test_rewards.py rollout/test_agent.py kernels/test_layout.py kernels/test_vocab_align.py
 stages/test_recipes.py analysis/test_drawing.py
+""".split()
+# ... but for these, which take longest there.
+NOT_QUICK = """
+data/test_packing.py::test_real_runs_fill_rows align/test_positions.py::test_a_long_batch_is_quick
+rollout/test_agent.py::test_recorded_routes_are_those_of_the_training_forward
+test_checkpoint.py::test_a_kill_at_any_moment_leaves_a_checkpoint
 """.split()
 
 
@@ -67,7 +76,8 @@ def pytest_collection_modifyitems(items):
     places = {file: place for place, file in enumerate(LONGEST)}
     files = {item: item.path.relative_to(TESTS).as_posix() for item in items}
     for item, file in files.items():
-        if item.get_closest_marker("slow") is None and (file in QUICK or f"{file}::{item.originalname}" in QUICK):
+        names = {file, f"{file}::{item.originalname}"}
+        if item.get_closest_marker("slow") is None and names & set(QUICK) and not names & set(NOT_QUICK):
             item.add_marker("quick")
     items.sort(key=lambda item: places.get(files[item], len(places)))
 

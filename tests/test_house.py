@@ -186,3 +186,12 @@ def test_a_bench_says_how_it_is_run(path):
 
 def test_there_are_experiments():
     assert EXPERIMENTS and BENCHES
+
+
+def test_the_lists_of_tests_name_what_is_there():
+    lists = re.findall(r'^(LONGEST|QUICK|NOT_QUICK) = """(.*?)"""', (ROOT / "tests/conftest.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(lists) == 3
+    for name in " ".join(names for _, names in lists).split():
+        file, _, test = name.partition("::")
+        text = (ROOT / "tests" / file).read_text()  # FileNotFoundError: one was renamed
+        assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), name

@@ -26,7 +26,8 @@ CHILD = textwrap.dedent("""
     stage, tokenizer, slow = sys.argv[1], sys.argv[2], sys.argv[3] == "slow"
     width = [f"model.{n}=8" for n in ("head_dim", "linear_key_head_dim", "linear_value_head_dim", "expert_width", "shared_expert_width")]
     cfg = config.override(config.load("experiments/quickstart.py:smoke"), [
-        f"tokenizer.path={tokenizer!r}", "model.d_model=16", "model.num_experts=2", *width, "sft.steps=8", "sft.save_every=100",
+        f"tokenizer.path={tokenizer!r}", "model.d_model=16", "model.num_experts=2", "model.num_layers=1",
+        "model.full_attention_interval=1", *width, "sft.steps=8", "sft.save_every=100",
         "sft.rows=4", "sft.phases=()", "sft.log_every=1", "distill.steps=4", "distill.save_every=100", "distill.prompts=2"])
     if slow:  # a step that takes a second, a rollout that takes minutes
         dispatch, packed = lockstep.Lockstep.dispatch, sft.Packed.next

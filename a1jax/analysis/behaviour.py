@@ -102,7 +102,8 @@ def statuses(scores: dict[str, dict]) -> Figure:
 def stops(scores: dict[str, dict]) -> Figure:
     caption = (
         "The answer is known once all of the task's evidence has been consulted. early: answered before that, or refused with less done "
-        "than the expert does after it; late: more done after it than the expert does, and more in all; never: cut before it answered."
+        "than the expert does after it; late: more done after it than the expert does, and more in all; never: cut before it answered; "
+        "untold: its task has no evidence that would tell."
     )
     return _stacked(scores, "stopping", "When runs stopped", caption, STOPS)
 

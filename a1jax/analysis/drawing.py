@@ -23,6 +23,7 @@ MARKERS, STYLES, HATCHES = "osv^DPX", ("-", "--", ":", "-."), ("", "//", "..", "
 FILLS = {  # a colour and a hatch for what always means the same
     "FINISHED": ("#009E73", ""), "FAILED": ("#D55E00", "//"), "TRUNCATED": ("#E69F00", ".."), "ABORTED": ("#999999", "xx"),
     "in_time": ("#009E73", ""), "early": ("#D55E00", "//"), "late": ("#E69F00", ".."), "never": ("#999999", "xx"),
+    "untold": ("#E6E6E6", ""),
 }  # fmt: skip
 PER_ROW = 3
 SETTINGS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.4}

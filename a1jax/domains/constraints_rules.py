@@ -1,7 +1,9 @@
 """The 25 constraint types of IFEval's prompts (arXiv 2311.07911) as predicates: (text, arguments) -> bool.
 
 Names, arguments and verdicts are the published ones, oddities included where a model could meet them (each is said below), except:
-keywords are literal text here, not regular expressions, and every predicate takes time linear in the text, whatever the text.
+keywords are literal text here, not regular expressions; sentences and words in capitals are counted by rules, not by Punkt's model; the
+language is told with a fixed seed, and of text in capitals by its small letters (``constraints_text.language`` says why); and every
+predicate takes time linear in the text, whatever the text.
 No predicate raises on any string. Texts that are blank never get here: ``constraints.Rule`` refuses them.
 """
 
@@ -33,6 +35,7 @@ def capital_word_frequency(text: str, capital_frequency: int, capital_relation: 
 
 
 def english_capital(text: str) -> bool:
+    """Capitals, and English by its small letters, where the published rule shows the detector the capitals."""
     return text.isupper() and count.language(text) in ("en", None)
 
 

@@ -92,8 +92,9 @@ def _detectors():
 def language(text: str) -> str | None:
     """ISO 639-1 code of the likeliest language (zh-cn and zh-tw for Chinese), None where the text has no letters to tell it by.
 
-    langdetect's naive Bayes over letter n-grams, as IFEval uses it, but seeded. Text without small letters is folded first: the
-    detector skips words in capitals and would judge by what little is left.
+    langdetect's naive Bayes over letter n-grams, as IFEval uses it, but seeded. Text without small letters is folded first, which IFEval
+    does not do: the detector skips words in capitals and judges by what little is left, so that plain English in capitals passes for
+    German or Vietnamese.
     """
     from langdetect import LangDetectException
 

@@ -2,6 +2,7 @@
 
 The answer is known at the first record after which all of the task's evidence has been consulted. What an expert still does after that
 point (reading what it found, writing a result down) is its surplus; more is going on, less without the verifier's consent is guessing.
+A task without evidence (one answer under constraints, a derivation) has no such point: when its runs stopped is untold.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterable
 from ..types import ABORTED, FINISHED, TRUNCATED, Record, Trajectory
 from .base import Task, final_answer, solve
 
-EARLY, IN_TIME, LATE, NEVER = "early", "in_time", "late", "never"
-STOPS = (EARLY, IN_TIME, LATE, NEVER)
+EARLY, IN_TIME, LATE, NEVER, UNTOLD = "early", "in_time", "late", "never", "untold"
+STOPS = (EARLY, IN_TIME, LATE, NEVER, UNTOLD)
 
 
 def actions(trajectory: Trajectory) -> list[Record]:
@@ -55,12 +56,12 @@ def _hashable(task: Task) -> bool:
 
 def stop(task: Task, trajectory: Trajectory) -> str:
     """One of STOPS. never: cut before it answered. early: it answered before it knew, or was refused having done less than the expert
-    does after that point. late: it did more than the expert after it knew, and more in all. Without evidence nothing tells when
-    the answer is known: in time."""
+    does after that point. late: it did more than the expert after it knew, and more in all. untold: it answered, and the task has
+    no evidence that would tell when the answer is known."""
     if trajectory.status in (TRUNCATED, ABORTED) or final_answer(trajectory) is None:
         return NEVER
     if not task.evidence:
-        return IN_TIME
+        return UNTOLD
     did = actions(trajectory)
     known = known_after(task.evidence, did)
     if known is None:
@@ -72,6 +73,6 @@ def stop(task: Task, trajectory: Trajectory) -> str:
 
 
 def counts(stops: Iterable[str]) -> dict[str, int]:
-    """How often each of STOPS, all four named."""
+    """How often each of STOPS, all of them named."""
     found = Counter(stops)
     return {name: found[name] for name in STOPS}

@@ -23,8 +23,14 @@ from ..domains.search_corpus import CorpusSearch
 from ..types import FINISHED, Trajectory
 from .horizon import LONGEST, Counter, Plan, plan
 
-FAMILIES: dict[str, Domain] = {**DOMAINS, "long_context": LongContext(), "store": Store(), "science_words": WordProblems()}
-FAMILIES["search_corpus"] = CorpusSearch()  # needs --set corpus=PATH
+FAMILIES: dict[str, Domain] = {
+    **DOMAINS,
+    "long_context": LongContext(),
+    "store": Store(),
+    "science_words": WordProblems(),
+    "search_corpus": CorpusSearch(),
+}
+NEEDS = {"science_words": "path=FILE", "search_corpus": "corpus=FILE"}  # family -> what only the user has
 CARELESS = ("wrong value", "skipped step", "early stop")
 REFUSALS = 20  # per wanted task, before a family is given up
 
@@ -158,10 +164,13 @@ def report(made: Plan, written: Sequence[Written], refused: collections.Counter[
     mean = f"{statistics.mean(finished):.0f}" if finished else "none"
     steps = f"{made.short} to {made.long}" if made.long > made.short else str(made.short)
     turns, calls = statistics.mean(each.turns for each in written), statistics.mean(each.calls for each in written)
+    name = type(made.domain).__name__
+    short_of = [f"the mean cannot be {made.horizon}: the {made.end} runs of {name} have {mean} tokens"] if made.end and finished else []
     return "\n".join((
-        f"{type(made.domain).__name__}: {len(every)} runs, {len(finished)} finished; steps {steps}",
+        f"{name}: {len(every)} runs, {len(finished)} finished; steps {steps}",
         f"tokens: finished mean {mean} (asked {made.horizon}); all: mean {statistics.mean(every):.0f},"
         f" median {statistics.median(every):.0f}, p10 {p10}, p90 {p90}, max {every[-1]}",
+        *short_of,
         f"turns per run {turns:.1f}, tool calls per run {calls:.1f}",
         f"refused tasks: {listed(refused)}",
         f"failed runs: {listed(failed)}",

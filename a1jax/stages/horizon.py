@@ -48,6 +48,7 @@ class Plan:
     """Tasks of ``domain`` with ``short`` to ``long`` steps, whose runs have ``below`` to ``above`` tokens on average.
 
     least, most: tokens that a run must have to be kept, where a family's shortest or longest tasks are chosen from.
+    end: "shortest" or "longest", where the family ends before the horizon and those runs are the nearest there are.
     """
 
     domain: Domain
@@ -58,6 +59,7 @@ class Plan:
     above: float
     least: int = 0
     most: int = sys.maxsize
+    end: str = ""
 
     def steps(self, runs: int, tokens: int) -> int:
         """Steps of the next task, given the number of runs so far and their tokens: what brings the mean nearest to the horizon."""
@@ -116,11 +118,11 @@ def _end(domain: Domain, steps: int, horizon: int, count: Counter, seed: int, sp
     near = abs(statistics.mean(sizes) - horizon) <= TOLERANCE * horizon
     kept = sizes[: fits[-1] if fits else SAMPLED if near else KEPT]
     mean = statistics.mean(kept)
+    end, less = ("shortest", "more") if short else ("longest", "less")
     if abs(mean - horizon) > TOLERANCE * horizon:
-        end, less = ("shortest", "more") if short else ("longest", "less")
         raise ConfigError(f"--horizon {horizon}: the {end} runs of {type(domain).__name__} have {mean:.0f} tokens; ask for that or {less}")
     bounds = {} if len(kept) == SAMPLED else {"most": kept[-1]} if short else {"least": kept[-1]}
-    return Plan(domain, horizon, steps, steps, mean, mean, **bounds)
+    return Plan(domain, horizon, steps, steps, mean, mean, **bounds, end="" if fits else end)
 
 
 def _register(domain: LongContext, horizon: int, count: Counter, seed: int, split: Split) -> Plan:

@@ -21,7 +21,9 @@ def score(wins, n, **more):
 
 
 SCORES = {
-    "student": {"search": score(9, 10, tokens=50.5, tokens_p90=80.0, turns=3.0, tool_errors=0.25, stopping={"early": 1, "in_time": 9})},
+    "student": {
+        "search": score(9, 10, tokens=50.5, tokens_p90=80.0, turns=3.0, tool_errors=0.25, stopping={"early": 1, "in_time": 7, "untold": 2})
+    },
     "base": {"search": score(0, 10), "tool_calling": score(1, 8)},
     "teacher_search": {"search": score(8, 10), "tool_calling": score(2, 8)},
     "teacher_tool_calling": {"tool_calling": score(8, 8)},

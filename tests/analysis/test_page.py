@@ -42,7 +42,9 @@ def test_statuses_and_stops_are_shares_of_all_runs():
     assert bars.labels == ("base", "teacher", "student") and bars.parts["FINISHED"] == (0.0, 0.8, 0.9)
     assert all(math.isclose(sum(values[i] for values in bars.parts.values()), 1.0) for i in range(3))
     (stops,) = behaviour.stops(SCORES).panels  # models judged before it was counted are left out
-    assert stops.labels == ("student",) and stops.parts["early"] == (0.1,) and stops.parts["late"] == (0.0,)
+    assert stops.labels == ("student",)
+    assert stops.parts == {"early": (0.1,), "in_time": (0.7,), "late": (0.0,), "never": (0.0,), "untold": (0.2,)}
+    assert {*stops.parts, *bars.parts} <= set(drawing.FILLS)
 
 
 def test_curves_are_grouped_by_stage_and_meaning_and_leave_out_what_is_not_finite(tmp_path):
@@ -83,6 +85,7 @@ def test_the_page_of_a_running_run_says_what_there_is(tmp_path, read_page):
         assert sorted(got) == sorted(want) and got
     row = next(r for r in read_csv(folder / "report/behaviour.csv") if r["model"] == "student")
     assert (row["tokens"], row["tool_errors"], row["FINISHED"], row["early"], row["late"]) == ("50.5", "0.25", "9", "1", "0")
+    assert row["untold"] == "2" and "untold" in found.text
     assert not list(folder.rglob("*.part"))
     ended = read_page(page.write(folder, devices="3 x abacus").read_text()).text
     assert "3 x abacus" in ended and "finished, started" in ended

@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 
 from a1jax.analysis import kept, reading, show
 from a1jax.analysis.kept import Kept
@@ -14,7 +16,7 @@ from a1jax.data import trajectories
 from a1jax.data.tokenizer import Tokenizer
 from a1jax.main import main
 from a1jax.stages import kept_runs
-from a1jax.types import FAILED, TRUNCATED, Record, Rollout, Trajectory
+from a1jax.types import FAILED, FINISHED, TRUNCATED, Record, Rollout, Trajectory
 
 EVIL = "<script>alert(1)</script> [red]&amp; \x1b[31m \ud800"
 
@@ -55,6 +57,30 @@ def printed(one):
     console = Console(file=io.StringIO(), width=100, color_system=None)
     show.print_run(one, console)
     return console.file.getvalue()
+
+
+def look(style):
+    """(number of the colour, bold, italic, dim) of a style: what a terminal is told of it."""
+    return style.color and style.color.number, bool(style.bold), bool(style.italic), bool(style.dim)
+
+
+def styled(name):
+    return look(Style.parse(name))
+
+
+def styles(one):
+    """words(text) -> how a terminal with colours shows the line that begins with it, without its bar; bars -> (bar, how)."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor", no_color=False)
+    show.print_run(one, console)
+    lines = Text.from_ansi(console.file.getvalue()).split("\n")
+    bars = [(line.plain[2], look(line.get_style_at_offset(console, 2))) for line in lines if line.plain[2:4] in ("┃ ", "│ ")]
+
+    def words(text):
+        found = [line.get_style_at_offset(console, line.plain.index(text)) for line in lines if line.plain.lstrip(" ┃│").startswith(text)]
+        assert found and len(set(map(look, found))) == 1, (text, found)
+        return look(found[0])
+
+    return words, bars
 
 
 @pytest.fixture()
@@ -114,6 +140,50 @@ def test_print_shows_turns_masks_records_and_rewards_and_no_control_characters()
         assert words in text, words
     assert "\x1b" not in text and "[red]" in text and "\\ud800" in text
     assert re.search(r"  ┃ it is b\n", text) and re.search(r"  │ no JSON\n", text)
+
+
+def test_a_terminal_shows_masks_errors_calls_and_rewards_in_colour():
+    words, bars = styles(Kept("student", kept_runs.to_trajectory(rollout())))
+    assert set(bars) == {("┃", styled("green")), ("│", styled("dim"))}
+    assert words("2 assistant") == styled("bold green") and words("3 tool search") == styled("bold")  # headings: looked at, and not
+    assert words("look") == styled("italic cyan") and words("→ search(") == styled("yellow") and words("it is b") == styled("")
+    assert words("error: nothing") == words("no JSON") == styled("red")
+    assert words("error: is the title of this page") == styled("")  # an observation that no schema refused is none
+    assert words("record: saw nothing of the corpus; schema: refused") == styled("dim red") and words("record: saw b") == styled("dim")
+    assert words("FAILED, reward 0") == styled("bold red") and words("domain search") == styled("dim")
+    won = dataclasses.replace(RUN, status=FINISHED, reward=1.0)
+    assert styles(Kept("m", won))[0]("FINISHED, reward 1") == styled("bold green")
+    cut, _ = styles(Kept("m", kept_runs.to_trajectory(rollout(extra=3, status=TRUNCATED))))
+    assert cut("TRUNCATED, reward 0") == styled("bold yellow") and cut("cut here") == styled("italic red")
+
+
+def declared(page):
+    """selector -> declarations, of a page's style sheet."""
+    found = {}
+    for names, body in re.findall(r"([^{}]+){([^{}]*)}", page.partition("<style>")[2].partition("</style>")[0]):
+        for name in names.split(","):
+            found[name.strip()] = found.get(name.strip(), "") + body
+    return found
+
+
+def test_the_page_shows_masks_errors_calls_and_rewards_in_colour(read_page):
+    text = show.to_html(Kept("student", kept_runs.to_trajectory(rollout())))
+    found, rules = read_page(text), declared(text)
+    sections = re.findall(r'<section class="([^"]+)">', text)
+    assert sections == ["turn looked" if m["role"] == "assistant" else "turn" for m in MESSAGES]
+    shown = {words.strip(): classes for classes, words in found.classed if words.strip()}
+    assert shown["error: nothing"] == shown["no JSON"] == "part error" and shown["error: is the title of this page"] == "part observation"
+    assert shown["look"] == "part thinking" and shown["it is b"] == "part text" and shown["FAILED, reward 0"] == "status FAILED"
+    assert shown["record: saw nothing of the corpus; schema: refused"] == "record refused" and shown["record: saw b"] == "record"
+    won = show.to_html(Kept("m", dataclasses.replace(RUN, status=FINISHED, reward=1.0)))
+    assert ("status FINISHED", "FINISHED, reward 1") in read_page(won).classed
+    # What is told apart by its class has a colour of its own.
+    colours = {name: re.findall(r"#[0-9a-f]{6}", body) for name, body in rules.items()}
+    for several in ((".turn", ".turn.looked"), (".thinking", ".call", ".error", "body"), (".record", ".record.refused"), SHADES, STATUSES):
+        assert all(colours[name] for name in several) and len({str(colours[name]) for name in several}) == len(several), several
+
+
+SHADES, STATUSES = (".raw .w", ".raw .w1", ".raw .w2", ".raw .w3", ".raw .w4"), (".FINISHED", ".FAILED", ".TRUNCATED", ".ABORTED")
 
 
 def test_the_page_is_well_formed_and_says_the_same_with_everything_escaped(read_page):

@@ -1,5 +1,7 @@
 """Constraint rules: counts by hand, verdicts on both sides of each, IFEval's whole file read, no string that breaks a rule's code."""
 
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -238,6 +240,26 @@ def test_the_expert_answers_every_prompt_of_the_file_that_has_an_answer(shared_d
     ]
     kept = sum(all(verdicts(p.rules, answers[q.key])) for p, q in others)
     assert kept < 0.25 * len(others)  # an answer to the next prompt is no answer to this one
+
+
+def test_capitals_are_folded_where_the_published_rule_is_led_astray():
+    detector = count._detectors().create()
+    detector.append("WE LOVE THIS OLD TOWN VERY MUCH.")
+    assert detector.detect() != "en" and rule("change_case:english_capital").holds("WE LOVE THIS OLD TOWN VERY MUCH.")
+
+
+def test_verdicts_are_those_of_another_implementation(shared_data):
+    """Answers of a large model with the verdicts that NeMo Gym recorded; types that are not IFEval's are left out."""
+    found = []
+    with gzip.open(shared_data / "trajectories/nemo-gym/instruction_following__example_rollouts.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for run in map(json.loads, lines):
+            text = "".join(part["text"] for item in run["response"]["output"] if item["type"] == "message" for part in item["content"])
+            names, verdicts_there = run["instruction_id_list"], run["follow_instruction_list"]
+            for name, given, there in zip(names, run["kwargs"], verdicts_there, strict=True):
+                if name in RULES:
+                    found.append((name, there, rule(name, **(given or {})).holds(text)))
+    assert [(name, here) for name, _, here in found] == [(name, there) for name, there, _ in found]
+    assert len({name for name, *_ in found}) == len(found) == 8 and {there for _, there, _ in found} == {True, False}
 
 
 def test_thousands_of_verdicts_a_second(shared_data):

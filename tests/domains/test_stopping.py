@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from a1jax.domains import DOMAINS, QUICKSTART, Call, Observation, Outcome, solve, stopping
+from a1jax.domains import DOMAINS, QUICKSTART, Call, LongContext, Observation, Outcome, solve, stopping
 from a1jax.domains.base import Task, Turn
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED, Record, Trajectory
 
@@ -61,10 +61,10 @@ def test_stops_by_hand(refs, status, wanted):
     assert stopping.stop(TASK, run(refs, status)) == wanted
 
 
-def test_a_run_without_an_answer_never_stopped_and_one_without_evidence_is_in_time():
+def test_a_run_without_an_answer_never_stopped_and_without_evidence_nothing_tells_when_to():
     assert stopping.stop(TASK, run(["a", "b", ""], None, answered=False)) == "never"
     bare = dataclasses.replace(TASK, evidence=())
-    assert stopping.stop(bare, run(["x"] * 9, FAILED)) == "in_time"
+    assert [stopping.stop(bare, run(["x"] * n, status)) for n, status in ((9, FAILED), (0, FINISHED))] == ["untold"] * 2
     assert stopping.stop(bare, run([], TRUNCATED)) == "never"
 
 
@@ -79,7 +79,7 @@ def test_every_expert_stops_in_time_and_too_early_without_its_last_sight_of_the_
     for seed in range(3):
         task = DOMAINS[name].propose(seed, 3)
         done = solve(task)
-        assert stopping.stop(task, done) == "in_time"
+        assert stopping.stop(task, done) == ("in_time" if task.evidence else "untold")
         did = stopping.actions(done)
         if task.evidence:
             known = stopping.known_after(task.evidence, did)
@@ -95,5 +95,11 @@ def test_an_unhashable_task_is_solved_anew():
     assert stopping.expert(task) == stopping.expert(QUICKSTART["search"].propose(1, 2))
 
 
-def test_counts_name_all_four():
-    assert stopping.counts(["late", "late", "never"]) == {"early": 0, "in_time": 0, "late": 2, "never": 1}
+def test_families_without_evidence_are_untold():
+    families = (DOMAINS["instruction_following"], LongContext(tokens=1000), dataclasses.replace(DOMAINS["science"], tools=False))
+    tasks = [family.propose(1, 2) for family in families]
+    assert [stopping.stop(task, solve(task)) for task in tasks] == ["untold"] * 3
+
+
+def test_counts_name_all_five():
+    assert stopping.counts(["late", "late", "never"]) == {"early": 0, "in_time": 0, "late": 2, "never": 1, "untold": 0}

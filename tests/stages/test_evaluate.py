@@ -63,7 +63,7 @@ def test_tool_errors_tokens_and_stops_by_hand():
     named = Record((), {"name": "parser", "arguments": {}}, "error", "schema: refused")  # a call of that name is one error, not two
     assert evaluate.tool_errors(with_trajectory(unread[:1], [named]).trajectory) == 1
     assert (out["tokens"], out["tokens_p90"]) == (30.0, 52.0)  # of 10, 20, 60: 90 % of the way is 0.8 between 20 and 60
-    assert out["stopping"] == {"early": 2, "in_time": 0, "late": 1, "never": 0}
+    assert out["stopping"] == {"early": 2, "in_time": 0, "late": 1, "never": 0, "untold": 0}
     assert "stopping" not in evaluate.score(runs, [1, 1, 1])
 
 

@@ -1,6 +1,7 @@
 """Parameters folders: import, export, a run that starts from one; through the command line as a user gives it."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import subprocess
@@ -22,6 +23,14 @@ SMOKE = "experiments/quickstart.py:smoke"
 
 def equal(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, other)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light():
+    """Damaged files make the reader collect garbage: what earlier files of tests left behind is not looked through again each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import time
 
 import pytest
 
@@ -34,8 +35,28 @@ def test_the_mean_hits_the_horizon(tmp_path, name, horizon):
     runs = read(tmp_path / "runs.jsonl.gz")
     assert len(runs) == 8 and all(run.status == FINISHED for run in runs)
     mean = statistics.mean(map(Counter(), runs))
-    loose = horizon == 200 and name == "science"  # its shortest runs have 225
-    assert mean == pytest.approx(horizon, rel=0.15 if loose else 0.05) and f"finished mean {mean:.0f} (asked {horizon})" in text
+    ends = horizon == 200 and name == "science"  # its shortest runs have 225
+    assert mean == pytest.approx(horizon, rel=0.15 if ends else 0.05) and f"finished mean {mean:.0f} (asked {horizon})" in text
+    said = [line for line in text.splitlines() if "cannot be" in line]
+    assert said == [f"the mean cannot be 200: the shortest runs of Science have {mean:.0f} tokens"] * ends
+
+
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("engineering", marks=pytest.mark.slow)])
+def test_two_runs_of_45000_tokens_in_seconds(tmp_path, name):
+    """Of engineering, with a process for every program, in minutes: pytest -m slow tests/stages/test_generate.py -k 45000"""
+    began = time.process_time()
+    text = generate.generate(name, 2, 45_000, tmp_path / "runs.jsonl.gz")
+    assert time.process_time() - began < (120 if name == "engineering" else 6)
+    runs = read(tmp_path / "runs.jsonl.gz")
+    assert len(runs) == 2 and all(run.status == FINISHED for run in runs) and "cannot be" not in text
+    assert statistics.mean(map(Counter(), runs)) == pytest.approx(45_000, rel=0.1)
+
+
+@pytest.mark.slow
+def test_two_runs_of_45000_tokens_over_a_real_corpus(tmp_path, shared_data):
+    pages = shared_data / "corpora/python-docs/python3.11_pages.jsonl.gz"
+    generate.generate("search_corpus", 2, 45_000, tmp_path / "runs.jsonl", assignments=[f"corpus={str(pages)!r}"])
+    assert statistics.mean(map(Counter(), read(tmp_path / "runs.jsonl"))) == pytest.approx(45_000, rel=0.1)
 
 
 def test_no_run_is_written_twice(tmp_path):
@@ -194,3 +215,18 @@ def test_the_command_writes_the_file_and_prints_statistics(tmp_path, capsys):
     out = str(tmp_path / "runs.jsonl")
     assert main.main(["generate", "--domain", "search", "--tasks", "2", "--horizon", "900", "--out", out, "--set", "degree=2"]) == 0
     assert "2 runs, 2 finished" in capsys.readouterr().out
+
+
+def test_the_commands_help_names_every_family(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"domains: {', '.join(generate.FAMILIES)};" in told and "search_corpus needs --set corpus=FILE" in told
+    assert set(generate.NEEDS) == {name for name in generate.FAMILIES if not proposes(generate.FAMILIES[name])}
+
+
+def proposes(domain):
+    try:
+        return bool(domain.propose(0, 1))
+    except ConfigError:
+        return False

@@ -8,8 +8,9 @@ import pytest
 from a1jax import metrics, optim, train
 from a1jax.config import ConfigError, bind
 from a1jax.data import packing
+from a1jax.domains import QUICKSTART
 from a1jax.stages import sft
-from a1jax.stages.setting import MeshConfig, make_mesh
+from a1jax.stages.setting import MeshConfig, Setting, make_mesh
 from a1jax.stages.sft import Phase, SftConfig
 
 CFG = SftConfig(steps=8, rows=4, max_length=160, optimizer=bind(optim.muon, learning_rate=0.02), save_every=3, log_every=1, vocab_block=256)
@@ -21,26 +22,38 @@ def train_on(cfg, data, setting, stage="sft"):
     return sft.run(cfg, setting.init_params(), sft.Curriculum(cfg, data, setting), setting, stage)
 
 
-def test_stage_learns_stores_and_is_not_run_twice(setting, data):
-    params = train_on(CFG, data, setting)
-    losses = [line["ce/loss"] for line in metrics.read(setting.workdir)]
+@pytest.fixture(scope="module")
+def whole(tokenizer, small_model, data, tmp_path_factory):
+    """(setting, parameters) of one stage from its first step to its last."""
+    folder = tmp_path_factory.mktemp("whole")
+    with metrics.Writer(folder) as writer:
+        setting = Setting(small_model, tokenizer, tuple(QUICKSTART), None, folder, writer, 0, families=QUICKSTART)
+        yield setting, train_on(CFG, data, setting, "whole")
+
+
+def lines_of(setting, stage):
+    return [line for line in metrics.read(setting.workdir) if line["stage"] == stage]
+
+
+def test_stage_learns_stores_and_is_not_run_twice(whole):
+    setting, params = whole
+    losses = [line["ce/loss"] for line in lines_of(setting, "whole")]
     assert len(losses) == 8 and losses[0] > 6.0 and losses[-1] < 0.9 * losses[0]
-    again = sft.run(CFG, None, None, setting)  # finished: neither parameters nor data are looked at
+    again = sft.run(CFG, None, None, setting, "whole")  # finished: neither parameters nor data are looked at
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, again))
-    assert setting.facts("sft")["steps"] == 8
+    assert setting.facts("whole")["steps"] == 8
 
 
-def test_golden_first_steps(setting, data):
+def test_golden_first_steps(whole):
     """Numbers of seed 0, written down once: a change of model, data, loss or optimizer that should change nothing must not move them."""
-    train_on(CFG, data, setting)
-    lines = metrics.read(setting.workdir)
+    lines = lines_of(whole[0], "whole")
     np.testing.assert_allclose([line["ce/loss"] for line in lines[:3]], GOLDEN_LOSS, rtol=2e-3)
     np.testing.assert_allclose(lines[0]["grad_norm"], GOLDEN_NORM, rtol=2e-3)
     assert lines[0]["ce/tokens"] == GOLDEN_TOKENS
 
 
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(setting, data, monkeypatch):
-    whole = train_on(CFG, data, setting, "whole")
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(whole, data, monkeypatch):
+    setting, params = whole
     taken = iter(range(5))
     original = sft.Packed.next
 
@@ -54,9 +67,8 @@ def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(setting, data, monk
         train_on(CFG, data, setting, "cut")
     monkeypatch.undo()
     resumed = train_on(CFG, data, setting, "cut")
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole, resumed))
-    lines = metrics.read(setting.workdir)
-    kept = [[(line["step"], line["loss"]) for line in lines if line["stage"] == name] for name in ("whole", "cut")]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), params, resumed))
+    kept = [[(line["step"], line["loss"]) for line in lines_of(setting, name)] for name in ("whole", "cut")]
     assert kept[0] == kept[1]
 
 
@@ -97,8 +109,10 @@ def test_settings_that_make_no_sense_are_refused(changes):
 
 
 def test_under_a_mesh_the_stage_is_the_one_of_one_device(setting, data):
+    """One layer of attention: that delta nets are cut over devices as well is in tests/models/test_parallel.py."""
     cfg = dataclasses.replace(CFG, steps=3, save_every=2, optimizer=bind(optim.adamw, learning_rate=1e-3))
-    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model, num_experts=4))  # one a device
+    model = dataclasses.replace(setting.model, num_experts=4, num_layers=1, full_attention_interval=1)  # an expert a device
+    setting = dataclasses.replace(setting, model=model)
     plain = train_on(cfg, data, setting, "plain")
     meshed = dataclasses.replace(setting, mesh=make_mesh(MeshConfig({"context": 2, "expert": 2})))
     spread = train_on(cfg, data, meshed, "meshed")
