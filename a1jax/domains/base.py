@@ -76,6 +76,7 @@ class Task:
     tools = ()
     blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
     options = ()  # answers that the question lists, the right one among others
+    answer_decides = True  # an answer that says the same as ``answer`` solves the task; False: more decides, as a state or rules for texts
 
     @property
     def self_contained(self) -> bool:
