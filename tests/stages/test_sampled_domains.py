@@ -59,11 +59,11 @@ def until(task, turns, last):
 
 
 def example(task, way, tokenizer):
-    """A run of the task: the expert's, one whose last words are wrong, or one that never ends its third last turn or, early, the one
-    before that."""
+    """A run of the task: the expert's, one that ends too soon or in wrong words, or one that never ends its last turn but one or, early,
+    the turn before that."""
     run = solve(task)
     turns = len(rewards.model_turns(run))
-    if way == "wrong":  # what was to be done is not done, or it is not said so
+    if way == "wrong":  # the last call is left out, or the last wish is closed in other words
         late = task.domain == "general"
         other = next(text for text in task.options if text != task.answer) if late else task.answer
         run = until(task, turns - (1 if late else 2), Turn("end", answer=other))
@@ -165,14 +165,12 @@ def test_near_misses_and_the_asymmetric_advantage_of_sampled_runs(known, seen):
     (tried, tries), (asked, runs), data, choice, kept = trained(known, seen, "tool_calling", pool=pool, advantage="papo")
     outcomes, shares = np.array([solved(r) for r in tries]).reshape(2, 6), np.array(list(map(share, tried, tries))).reshape(2, 6)
     nearness = [shares[i][outcomes[i] == 0].mean() for i in range(2)]
-    print(outcomes, shares, nearness)
     assert 0 < outcomes[0].mean() <= 0.5 <= nearness[0] and nearness[1] < 0.5  # the second task is one that the model never met
     assert choice["places"] == [0] and choice["success_of_all"] == pytest.approx(outcomes.mean())
     assert [task.task_id for task in asked] == [known_task("tool_calling").task_id] * 8
 
     outcome, process = np.array([solved(r) for r in runs]), np.array(list(map(share, asked, runs)))
     cut = np.array([run.status == TRUNCATED for run in runs])
-    print([(r.status, p) for r, p in zip(runs, process)])
     assert {run.status for run in runs} == {FINISHED, FAILED, TRUNCATED} and len(set(process[cut])) > 1
     expected = by_hand(outcome, outcome >= 0) + 0.5 * by_hand(process, outcome == 0)
     check_batch(data, runs, expected)
@@ -183,11 +181,9 @@ def test_rubric_rewards_of_sampled_runs_on_tasks_that_tries_got_right_and_wrong(
     pool, reward = Pool(candidates=2, select="mixed", tries=5), bind(rewards.rubric_reward, coefficient=0.4)
     (_, tries), (asked, runs), data, choice, kept = trained(known, seen, "general", pool=pool, reward=reward)
     right = np.array([solved(r) for r in tries]).reshape(2, 5).sum(1)
-    print(right)
     assert 0 < right[0] < 5 and right[1] == 0 and choice["places"] == [0]
     assert [task.task_id for task in asked] == [known_task("general").task_id] * 8
     parts = [{"correctness": solved(run), "rubrics": 0.4 * share(task, run)} for task, run in zip(asked, runs, strict=True)]
-    print([(r.status, p) for r, p in zip(runs, parts)])
     assert {run.status for run in runs} == {FINISHED, FAILED, TRUNCATED}
     assert any(run.status == TRUNCATED and part["rubrics"] > 0 for run, part in zip(runs, parts, strict=True))
     total = np.array([sum(part.values()) for part in parts])
@@ -206,6 +202,5 @@ def test_same_seed_same_runs(known, domain):
         np.testing.assert_array_equal(a.sampled, b.sampled)
         np.testing.assert_allclose(a.logp, b.logp, atol=1e-5 if todo[0].blocking else 0)
         assert (a.status, a.reward, a.turns, a.trajectory) == (b.status, b.reward, b.turns, b.trajectory)
-    print([(a.status, len(a.tokens)) for a in one])
     assert {a.tokens.tobytes() for a in one} != {b.tokens.tobytes() for b in other}
     assert any(solved(run) for run in one)  # so that the environment did its part: a program was run, a caller was served
