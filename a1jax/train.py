@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import checkpoint, interruption, lost_process, metrics, sharding
 from . import params as param_specs
+from .rollout.judges import JudgeError
 from .types import Metrics, Params, TrainState
 from .update_rule import Rule, plain_step, to_device, to_host
 
@@ -161,15 +162,16 @@ def fit(
     source's position and the keys all come from the checkpoint, and metrics lines written after it are dropped.
     probe(params) -> metrics is asked before the first step, every ``probe_every`` steps and after the last, and written as "<stage>/probe".
     Told to stop (``interruption``), it finishes the step in hand, but abandons a batch in the making, saves, waits until that is complete
-    and raises Interrupted. Raises ConfigError at the first step that finds a save to have failed.
+    and raises Interrupted. Raises ConfigError at the first step that finds a save to have failed. A JudgeError of the source is raised on
+    when what was trained before it is saved.
     """
     manager = checkpoint.open_manager(directory, keep=keep, save_every=save_every)
 
-    def stopped(number: int, at: int, state: TrainState, position: dict) -> interruption.Interrupted:
+    def saved(at: int, state: TrainState, position: dict) -> str:
         if at:  # before the first step there is nothing to lose
             checkpoint.save(manager, at, state, {"source": position, "stage": stage}, force=True)
             checkpoint.wait(manager)
-        return interruption.Interrupted(number, f"{stage} is saved at step {at}" if at else f"{stage} is at its beginning")
+        return f"{stage} is saved at step {at}" if at else f"{stage} is at its beginning"
 
     try:
         with interruption.listening(), interruption.holding(), lost_process.going_on(lambda: _from_where(stage, directory)):
@@ -190,7 +192,9 @@ def fit(
                         with interruption.abandonable():
                             batch, extra_metrics = source.next(state)
                     except interruption.Interrupted as stop:
-                        raise stopped(stop.number, at, state, position) from None
+                        raise interruption.Interrupted(stop.number, saved(at, state, position)) from None
+                    except JudgeError as error:
+                        raise JudgeError(f"{error}; {saved(at, state, position)}, the same command goes on from there") from None
                     tokens += extra_metrics.get("tokens", 0)
                     state, out = step_fn(state, batch)
                     if (at + 1) % log_every == 0 or at + 1 == steps or at == done:
@@ -205,7 +209,7 @@ def fit(
                     if (at + 1) % save_every == 0 or at + 1 == steps:
                         checkpoint.save(manager, at + 1, state, {"source": source.get_state(), "stage": stage}, force=True)
                     if number := interruption.asked():
-                        raise stopped(number, at + 1, state, source.get_state())
+                        raise interruption.Interrupted(number, saved(at + 1, state, source.get_state()))
                     checkpoint.check(manager)
             checkpoint.wait(manager)
     finally:

@@ -77,6 +77,7 @@ class Task:
     blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
     options = ()  # answers that the question lists, the right one among others
     final_request = ""  # protocol: at the turn limit the last turn is taken back, and this asks for the answer instead; "": the run is cut
+    answer_decides = True  # an answer that says the same as ``answer`` solves the task; False: more decides, as a state or rules for texts
 
     @property
     def self_contained(self) -> bool:

@@ -41,6 +41,7 @@ class EngineeringTask(Task):
 
     tools = TOOLS
     blocking = True
+    answer_decides = False
 
     def reset(self) -> Tree:
         return Tree(self.steps)

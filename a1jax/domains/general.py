@@ -67,6 +67,7 @@ class GeneralTask(Task):
 
     tools = TOOLS
     options = policies.CLOSINGS
+    answer_decides = False
 
     def messages(self) -> tuple[dict[str, Any], ...]:
         return {"role": "system", "content": self.policy.text()}, {"role": "user", "content": self.wishes[0].opening}

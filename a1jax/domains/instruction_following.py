@@ -155,6 +155,8 @@ class InstructionTask(Task):
     subject: str = ""
     rules: tuple[Rule, ...] = ()
 
+    answer_decides = False
+
     def reset(self):
         return ()
 

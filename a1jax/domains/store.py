@@ -70,6 +70,7 @@ class StoreTask(Task):
     operations: tuple[tuple[str, str], ...] = ()  # (source, target) in order
 
     tools = TOOLS
+    answer_decides = False
 
     def reset(self) -> dict[str, str]:
         return dict(self.store)

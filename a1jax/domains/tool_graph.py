@@ -34,6 +34,7 @@ class ToolGraphTask(Task):
     world: World = None
 
     tools = tuple(one.schema for one in TOOLS)
+    answer_decides = False
 
     def reset(self) -> State:
         return State()

@@ -1,7 +1,8 @@
 """Judges: who says whether an answer is right, or which rubrics a run met.
 
 A judge is a function ``Case -> Verdict``. Those here are rules: pure, offline, exact. ``remote_judge.RemoteJudge`` asks an
-OpenAI-compatible endpoint, for those who have one; nothing needs it. Where a task has a verifier of its own, that goes first.
+OpenAI-compatible endpoint, for those who have one; nothing needs it. Tasks have verifiers of their own: a judge decides in their place
+where a config names one (``GrpoConfig.judge``, ``Evaluation.judge``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ..config import ConfigError
+from ..config import Binding, ConfigError
 from .rewards import rubric_fraction
 
 
@@ -47,18 +48,29 @@ class Verdict:
 Judge = Callable[[Case], Verdict]
 
 
+def opened(judge: Binding) -> Judge:
+    """The judge a config names: a class, as ``RemoteJudge``, is made of what is bound, a function judges as it is bound.
+
+    Raises ConfigError for a class that needs more than is bound, or refuses it."""
+    if not isinstance(judge.fn, type):
+        return judge
+    try:
+        return judge()
+    except TypeError as error:
+        raise ConfigError(f"judge: bind what {judge.fn.__name__} needs: {error}") from None
+
+
 def judge_all(judge: Judge, cases: Sequence[Case], workers: int = 8) -> list[Verdict]:
     """The verdict of every case, in their order; equal cases are asked once, ``workers`` at a time. Raises what the judge raises."""
     if workers < 1:
         raise ConfigError(f"judge_all: workers is {workers}; it must be at least 1")
     once = list(dict.fromkeys(cases))
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers, "judge")
+    try:
         running = [pool.submit(judge, case) for case in once]
-        try:
-            verdicts = {case: one.result() for case, one in zip(once, running, strict=True)}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # an endpoint that is down is not asked again for every case
-            raise
+        verdicts = {case: one.result() for case, one in zip(once, running, strict=True)}
+    finally:  # an endpoint that is down is not asked for every case, and who is told to stop does not wait for its retries
+        pool.shutdown(wait=False, cancel_futures=True)
     return [verdicts[case] for case in cases]
 
 

@@ -71,7 +71,6 @@ def rubric_fraction(met: Sequence[bool]) -> float:
 
 def search_reward(
     trajectory: Trajectory,
-    correct: float | None = None,
     *,
     free_rounds: int = 16,
     round_price: float = 0.01,
@@ -81,17 +80,14 @@ def search_reward(
     repeat_cap: float = 0.25,
     format_bonus: float = 0.1,
 ) -> Reward:
-    """The search teacher's reward of one run. correct: a judge's score in [0, 1]; None reads the run's own (``correctness``).
+    """The search teacher's reward of one run.
 
     tools: whose calls can be repetitions, () for all. The other parameters are the parts' own; ``bind`` sets them.
-    Raises ConfigError for numbers below 0 and for a score outside [0, 1].
+    Raises ConfigError for numbers below 0 and for a run that nobody judged.
     """
-    correct = correctness(trajectory) if correct is None else float(correct)
-    if not 0 <= correct <= 1:
-        raise ConfigError(f"{trajectory.task_id}: correct is {correct}; a judge's score is a number from 0 to 1")
     _check(format_bonus=format_bonus)
     parts = {
-        "correctness": correct,
+        "correctness": correctness(trajectory),
         "efficiency": -efficiency_penalty(rounds(trajectory), free_rounds, round_price),
         "repetition": -repetition_penalty(lookups(trajectory, tools), window, repeat_price, repeat_cap),
         "format": format_bonus * format_reward(trajectory),

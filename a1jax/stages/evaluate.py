@@ -12,11 +12,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .. import distributed, metrics
+from ..config import Binding
 from ..domains import stopping
 from ..domains.base import Domain, Task, fingerprint
+from ..rollout import judges
 from ..rollout.agent import Engine
 from ..types import FINISHED, Params, Rollout, Trajectory
-from . import experts, kept_runs
+from . import experts, kept_runs, verdicts
 
 REFUSED = "schema: refused"  # what ``domains.base.record`` writes of a call that was wrong
 PARSER = "parser"  # who answers a turn that could not be read, in ``rollout.agent``
@@ -27,6 +29,11 @@ class Evaluation:
     counts: dict[int, int]  # steps -> held-out tasks of that length, for every domain that ``of`` does not name
     seed: int = 0  # which held-out tasks: the same for every column of the table
     of: dict[str, tuple[experts.Runs, ...]] = dataclasses.field(default_factory=dict)  # domain -> its own held-out tasks
+    judge: Binding | None = None  # as GrpoConfig.judge, of the tasks that their answer decides; the others keep their verifiers
+
+    def __post_init__(self):
+        if self.judge is not None:
+            judges.opened(self.judge)
 
     def tasks(self, domain: str, family: Domain, use: str) -> list[Task]:
         sources = self.of.get(domain, (experts.Runs(self.counts),))
@@ -88,6 +95,7 @@ def run(
     everything = [task for d in families for task in lists[d]]
     with metrics.progress(f"evaluate {name}", total=len(everything)) as bar:
         rollouts, _ = engine.run(params, everything, seed=cfg.seed, on_done=bar.add)
+    rollouts = verdicts.by_judge(cfg.judge, everything, rollouts)
     stops = [stopping.stop(task, rollout.trajectory) for task, rollout in zip(everything, rollouts, strict=True)]
     out, at = {}, 0
     for d in families:

@@ -16,7 +16,7 @@ from ..losses import advantages
 from ..rollout import rewards, sampler
 from ..rollout.agent import Engine, together
 from ..types import ABORTED, FINISHED, Batch, Metrics, Rollout, TrainState
-from . import kept_runs
+from . import kept_runs, verdicts
 from .distill import pack_domain, rollout_metrics
 from .setting import Setting
 from .task_pool import Tasks, rubrics
@@ -43,9 +43,10 @@ class Groups:
 
 
 def judge(cfg: GrpoConfig, tasks: list[Task], runs: list[Rollout]) -> Groups:
-    """Rewards and advantages of the runs, ``cfg.samples`` in a row for each task. Raises ConfigError for a reward that is no number, and
-    under "papo" for one that is neither 0 nor 1."""
+    """Rewards and advantages of the runs, ``cfg.samples`` in a row for each task, after the verdicts of ``cfg.judge``. Raises JudgeError
+    where that gives none, ConfigError for a reward that is no number, and under "papo" for one that is neither 0 nor 1."""
     n, g = len(tasks), cfg.samples
+    runs = verdicts.by_judge(cfg.judge, [task for task in tasks for _ in range(g)], runs)
     runs = [_with_rubrics(tasks[i // g], run) for i, run in enumerate(runs)]
     found = [None if run.status == ABORTED else cfg.reward(run.trajectory) for run in runs]
     statuses = [[run.status for run in runs[i * g : (i + 1) * g]] for i in range(n)]

@@ -21,11 +21,11 @@ from ..losses import grpo as grpo_loss
 from ..losses.token_logp import token_logp
 from ..models import transformer
 from ..models.config import ModelConfig
-from ..rollout import rewards
+from ..rollout import judges, rewards
 from ..rollout.agent import Engine, Limits
 from ..sharding import flatten_tokens, unflatten_tokens
 from ..types import Batch, Metrics, Params, TrainState
-from . import experts, groups, task_pool
+from . import experts, groups, task_pool, verdicts
 from .setting import Setting, train_stage
 from .sft import router_metrics
 
@@ -81,6 +81,7 @@ class GrpoConfig:
     sources: tuple[experts.Prompts, ...] = (experts.Prompts((1, 2, 4, 8)),)  # what tasks are drawn from, in equal shares
     pool: task_pool.Pool | None = None  # a finite choice of those tasks, reused in epochs; None: fresh tasks every step
     reward: Binding = bind(rewards.outcome_reward)  # trajectory -> rollout.rewards.Reward; metadata["rubrics"] is there in every run
+    judge: Binding | None = None  # Case -> Verdict of rollout.judges, or bind(RemoteJudge, ...), in place of the tasks' own verifiers
     advantage: Literal["group", "papo"] = "group"  # papo: failed runs are also compared by the share of rubrics met
     deviation: bool = True  # advantages are divided by the group's deviation; False: nearly solved prompts weigh no more than others
     process_coefficient: float = 0.5  # papo only: weight of that comparison
@@ -119,6 +120,8 @@ class GrpoConfig:
             raise ConfigError(f"GrpoConfig.max_length is {self.max_length}; runs may be limits.max_length = {self.limits.max_length} long")
         if self.limits.temperature <= 0:
             raise ConfigError("GrpoConfig.limits.temperature is 0: all runs of a group would be one; the paper samples at 1.0")
+        if self.judge is not None:
+            judges.opened(self.judge)
         if self.replay_routes and not self.limits.record_routes:
             raise ConfigError("GrpoConfig.replay_routes is True but nothing is recorded: set limits.record_routes = True")
 
@@ -249,8 +252,9 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
     def make_source() -> groups.Reinforced:
         engine = Engine(setting.model, setting.tokenizer, cfg.limits)
         tasks = task_pool.Tasks(setting.families[domain], cfg.sources, setting.seed, lane)
+        verdicts.check(cfg.judge, tasks.take(0, len(cfg.sources)))  # one of each source
         if cfg.pool is not None:
-            tasks = task_pool.choose(cfg.pool, tasks, engine, params, setting.directory(stage) / "pool.json", stage)
+            tasks = task_pool.choose(cfg.pool, tasks, engine, params, setting.directory(stage) / "pool.json", stage, cfg.judge)
         scorer = Scorer(cfg, setting.model, params)
         return groups.Reinforced(cfg, setting, engine, tasks, setting.domains.index(domain), scorer, stage)
 

@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 
 from .. import distributed, metrics
-from ..config import ConfigError
+from ..config import Binding, ConfigError
 from ..domains.base import Domain, Task
 from ..rollout import sampler, selection
 from ..rollout.agent import Engine
 from ..rollout.rewards import rubric_fraction
 from ..types import ABORTED, Params, Rollout, Trajectory
-from . import experts
+from . import experts, verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,9 @@ def rubrics(task: Task, trajectory: Trajectory) -> tuple[bool, ...]:
     return tuple(task.rubrics(trajectory)) if found is None else tuple(found)
 
 
-def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathlib.Path, name: str) -> Tasks:
+def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathlib.Path, name: str, judge: Binding | None = None) -> Tasks:
     """``tasks`` narrowed to a pool. The choice is kept at ``path``, so that a resumed stage neither tries again nor chooses otherwise.
+    judge: who says which tries were right, see ``verdicts``.
 
     A try that the system interrupted says nothing: another try of its task stands in for it, and a task without any is left out.
     Raises ConfigError where nothing is selected.
@@ -79,7 +80,7 @@ def choose(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, path: pathli
     places = np.arange(cfg.candidates)
     facts = {"select": cfg.select, "candidates": cfg.candidates}
     if cfg.select != "all":
-        outcomes, shares, valid = _try(cfg, tasks, engine, params, name)
+        outcomes, shares, valid = _try(cfg, tasks, engine, params, name, judge)
         places, outcomes, shares = places[valid], outcomes[valid], shares[valid]
         near = cfg.select == "near_misses"
         chosen = selection.near_misses(outcomes, shares, cfg.size) if near else selection.mixed_tasks(outcomes, outcomes.shape[1])
@@ -102,12 +103,15 @@ def _write(path: pathlib.Path, facts: dict) -> None:
     part.rename(path)
 
 
-def _try(cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _try(
+    cfg: Pool, tasks: Tasks, engine: Engine, params: Params, name: str, judge: Binding | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(outcome 0 or 1, share of rubrics met), float [candidates, tries], and bool [candidates]: has a try that was not interrupted."""
     candidates = tasks.take(0, cfg.candidates)
     repeated = [task for task in candidates for _ in range(cfg.tries)]
     with metrics.progress(f"{name}: tries", total=len(repeated)) as bar:
         runs, _ = engine.run(params, repeated, seed=sampler.seed_of(tasks.seed, f"{name}: tries", 0), on_done=bar.add)
+    runs = verdicts.by_judge(judge, repeated, runs)
     groups = [_stand_in(runs[i : i + cfg.tries]) for i in range(0, len(runs), cfg.tries)]
     valid = np.asarray([bool(group) for group in groups])
     shape = (len(groups), cfg.tries)

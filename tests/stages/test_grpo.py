@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,20 @@ import numpy as np
 import optax
 import pytest
 
-from a1jax import metrics, optim, train
+from a1jax import checkpoint, metrics, optim, train
 from a1jax.config import ConfigError, bind
 from a1jax.data import packing
+from a1jax.domains.base import final_answer
 from a1jax.models import transformer
 from a1jax.rollout.agent import Engine, Limits
-from a1jax.stages import experts, groups, grpo
+from a1jax.rollout.judges import JudgeError, exact_match
+from a1jax.rollout.remote_judge import RemoteJudge
+from a1jax.stages import experts, groups, grpo, kept_runs
 from a1jax.stages.grpo import GrpoConfig, Objective
 from a1jax.stages.setting import MeshConfig, Setting, make_mesh
 from a1jax.stages.task_pool import Pool
+from a1jax.types import FINISHED, TRUNCATED
+from tests.rollout.judge_endpoint import says, serving
 
 LENGTH, ROWS, BLOCK = 48, 8, 256
 LIMITS = Limits(slots=32, max_turns=1, max_turn_tokens=8, max_length=LENGTH, temperature=1.0)
@@ -104,6 +110,67 @@ def test_a_killed_stage_goes_on_bitwise(stage, monkeypatch, elsewhere):
     assert same(grpo.run(cfg, start, here, "search", "whole"), whole)
     kept = [[(x["step"], x["loss"], x["grpo/runs_per_task"]) for x in lines(where, "whole")] for where in (setting, here)]
     assert kept[0] == kept[1] and len(kept[0]) == 5
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with serving(monkeypatch) as found:
+        yield found
+
+
+def judged_by(server, **more):
+    """One that wants a 4, whatever the task's own verifier wants."""
+    server.answers = [lambda handler: says(json.loads(handler.body["messages"][1]["content"])["answer"] == "4")]
+    judge = bind(RemoteJudge, base_url=server.url, model="grader", retries=1, backoff=0.0, timeout=5.0)
+    return dataclasses.replace(CFG, judge=judge, **more)
+
+
+def test_verdicts_of_an_endpoint_are_what_is_learnt(stage, server):
+    setting, start = stage
+    after = grpo.run(judged_by(server, steps=8, save_every=8), start, setting, "search", "judged")
+    (file,) = (setting.workdir / "rollouts/judged").iterdir()
+    for run in kept_runs.read(file):
+        answer = final_answer(run)
+        right = run.status == FINISHED
+        assert right == (answer == "4") == (run.metadata["advantage"] > 0) and run.metadata["reward_parts"] == {"correctness": float(right)}
+        assert run.status == TRUNCATED or [r.outcome for r in run.records] == ["right" if answer == "3" else "wrong", "judge: so"]
+    found = [line["grpo/success"] for line in lines(setting, "judged")]
+    assert found[0] < 0.5 < found[-1] and server.seen
+    runs, _ = Engine(setting.model, setting.tokenizer, LIMITS).run(after, [setting.families["search"].propose(1, 1)] * 32, seed=1)
+    said = [final_answer(run.trajectory) for run in runs]
+    assert said.count("4") > said.count("3")
+
+
+def test_an_exact_match_judge_changes_nothing_where_texts_are_compared(stage):
+    setting, start = stage
+    cfg = dataclasses.replace(CFG, steps=2)
+    plain = grpo.run(cfg, start, setting, "search", "verified")
+    assert not same(plain, start)
+    assert same(grpo.run(dataclasses.replace(cfg, judge=bind(exact_match)), start, setting, "search", "matched"), plain)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_judge_that_goes_down_ends_the_run_in_one_line_and_it_goes_on(stage, server, monkeypatch, at):
+    setting, start = stage
+    cfg, original, name = judged_by(server), groups.Reinforced.next, f"down_{at}"
+    sound = server.answers
+
+    def down(self, state):
+        server.answers = [(503, b"out", {})] if int(state.step) == at else sound
+        return original(self, state)
+
+    monkeypatch.setattr(groups.Reinforced, "next", down)
+    with pytest.raises(JudgeError) as caught:
+        grpo.run(cfg, start, setting, "search", name)
+    monkeypatch.undo()
+    saved = f"{name} is saved at step {at}" if at else f"{name} is at its beginning"
+    line = f"judge {server.url}/chat/completions: no verdict in 2 tries; the last: HTTP 503 Service Unavailable: out; {saved}"
+    assert str(caught.value) == f"{line}, the same command goes on from there"
+    assert checkpoint.latest(setting.directory(name) / "checkpoints") == (at or None)
+    server.answers = sound
+    after = grpo.run(cfg, start, setting, "search", name)
+    assert same(after, grpo.run(cfg, start, setting, "search", "never_down"))  # which is made once and then read
+    assert [line["step"] for line in lines(setting, name)] == [1, 2, 3, 4, 5]
 
 
 def test_where_no_group_teaches_nothing_moves(stage):
