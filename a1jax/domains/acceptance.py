@@ -1,14 +1,18 @@
 """Which proposed tasks are kept: the five rules of arXiv 2606.30616, section 2.2, each applied by acting in the task's environment.
 
 Rules, in the order they are tried, since the first broken one is named:
-- verifiable: two runs of the expert get the same verdict, and the verifier refuses what is no answer.
+- verifiable: two runs of the expert get the same verdict, and the verifier refuses what is no answer: nothing, or words that say nothing.
 - valid: the expert's run is accepted.
-- process-informative: no one-shot lookup: the answer alone and the answer after any single call are refused.
-- evidence-covering: every evidence item was shown by some observation of the expert's run.
+- process-informative: no one-shot lookup: the answer alone is refused and, of more than one step, the answer after any single call.
+- evidence-covering: every evidence item was shown by some observation of the expert's run; of more than one step there is one.
 - unambiguous: the answer does not stand in the question (unless that lists every answer there may be), and a run that leaves out an
   evidence item is refused.
-The last three concern tasks of more than one step whose evidence tools show. Where the question holds it all they hold vacuously;
-without tools the verifier must still refuse an empty answer or a meaningless one.
+Where the question holds all that the answer rests on, its premises (``Task.premises``) are the evidence and nobody acts:
+- process-informative: no single premise is enough, and a text that heeds nothing (``Task.careless``) is refused.
+- evidence-covering: every premise stands in the question, and there is one.
+- unambiguous: the question's text alone (``Task.recompute``) leads to the answer, and without any one premise to another one, or none.
+What is not seen: a run of more than TRIED calls or evidence items is cut at TRIED places, spread evenly, so a short cut past another one
+stays; and two or more calls that are enough together, where the expert makes more, are not looked for.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from .base import Call, Task, Turn, consulted, solve
 
 RULES = ("verifiable", "valid", "process-informative", "evidence-covering", "unambiguous")
 NO_ANSWERS = ("", "none of these is it")
-TRIED = 4  # runs that are cut down per rule, spread evenly; a run of hundreds of calls has hundreds of cuts
+TRIED = 12  # runs that are cut down per rule, all where there are no more; a run of hundreds of calls has hundreds of cuts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Acceptance:
 
 
 def accept(task: Task) -> Acceptance:
-    """Run a task for real and say whether it is kept. Costs two expert runs and at most 11 more, shorter or as long."""
+    """Run a task for real and say whether it is kept. Costs two expert runs and at most 27 more, shorter or as long."""
     run = solve(task)
     for rule, check in zip(RULES, (_verifiable, _valid, _informative, _covering, _unambiguous), strict=True):
         reason = check(task, run)
@@ -74,9 +78,9 @@ def _verifiable(task: Task, run: Trajectory) -> str:
     if solve(task) != run:
         return "two runs of the expert differ"
     turns = turns_of(task, run)
-    passed = [text for text in NO_ANSWERS if _passes(task, [*turns[:-1], Turn("", answer=text)])]
-    if passed and (task.tools or len(passed) == len(NO_ANSWERS)):
-        return f"the answer {passed[0]!r} is accepted"
+    for text in NO_ANSWERS:
+        if _passes(task, [*turns[:-1], Turn("", answer=text)]):
+            return f"the answer {text!r} is accepted"
     return ""
 
 
@@ -85,30 +89,48 @@ def _valid(task: Task, run: Trajectory) -> str:
 
 
 def _informative(task: Task, run: Trajectory) -> str:
-    if task.self_contained or task.steps < 2:
-        return ""
+    if task.self_contained:
+        return _informative_question(task)
     *turns, answer = turns_of(task, run)
     if _passes(task, [answer]):
         return "the answer alone is accepted"
-    calls = [turn for turn in turns if turn.call]
+    calls = [turn for turn in turns if turn.call] if task.steps > 1 else []
     for i in spread(len(calls), TRIED):
         if _passes(task, [calls[i], answer]):
             return f"one call of {calls[i].call.name} is enough"
     return ""
 
 
+def _informative_question(task: Task) -> str:
+    for text in task.careless():
+        if _passes(task, [Turn("", answer=text)]):
+            return f"{text[:60]!r}, which heeds nothing, is accepted"
+    for i in spread(len(task.premises), TRIED) if len(task.premises) > 1 else []:
+        if task.recompute(_without(task, *task.premises[:i], *task.premises[i + 1 :])) == task.answer:
+            return f"{task.premises[i]!r} alone is enough"
+    return ""
+
+
 def _covering(task: Task, run: Trajectory) -> str:
-    if task.self_contained or task.steps < 2:
-        return ""
+    if task.self_contained:
+        missing = [premise for premise in task.premises if premise not in task.question]
+        if missing:
+            return f"{missing[0]!r} does not stand in the question"
+        return "" if task.premises else "no premise is named"
     shown = consulted(run)
     missing = [item for item in task.evidence if item not in shown]
     if missing:
         return f"the expert never consulted {missing[0]!r}"
-    return "" if task.evidence else "no evidence is named"
+    return "" if task.evidence or task.steps < 2 else "no evidence is named"
 
 
 def _unambiguous(task: Task, run: Trajectory) -> str:
-    if task.self_contained or task.steps < 2:
+    if task.self_contained:
+        if task.recompute(task.question) != task.answer:
+            return "the question does not lead to the answer"
+        for i in spread(len(task.premises), TRIED):
+            if task.recompute(_without(task, task.premises[i])) == task.answer:
+                return f"the answer is the same without {task.premises[i]!r}"
         return ""
     if _stands(task.answer, task.question) and not (len(task.options) > 1 and all(_stands(o, task.question) for o in task.options)):
         return f"the answer {task.answer[:60]!r} stands in the question"
@@ -123,6 +145,14 @@ def _unambiguous(task: Task, run: Trajectory) -> str:
 
 def _stands(answer: str, question: str) -> bool:
     return bool(answer) and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", question) is not None
+
+
+def _without(task: Task, *premises: str) -> str:
+    """The question without some of its premises."""
+    text = task.question
+    for premise in premises:
+        text = text.replace(premise, "", 1)
+    return text
 
 
 def _passes(task: Task, turns: Sequence[Turn]) -> bool:

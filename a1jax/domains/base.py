@@ -78,11 +78,27 @@ class Task:
     options = ()  # answers that the question lists, the right one among others
     final_request = ""  # protocol: at the turn limit the last turn is taken back, and this asks for the answer instead; "": the run is cut
     answer_decides = True  # an answer that says the same as ``answer`` solves the task; False: more decides, as a state or rules for texts
+    premises = ()  # of a self-contained task: the parts of its question that the answer rests on, word for word
 
     @property
     def self_contained(self) -> bool:
         """Whether the question holds all that the answer rests on, so that tools, if any, only calculate."""
         return not self.tools
+
+    @property
+    def content(self) -> str:
+        """What makes the task, without its seed: tasks of equal content are one task. Families whose hidden state is not told by question,
+        answer and chain, or whose question can say one thing in several ways, say their own. The same on every machine."""
+        return repr((self.question, self.answer, self.chain))
+
+    def recompute(self, question: str) -> str | None:
+        """Of a self-contained task: the answer by a question alone, which may lack premises; None: by it there is none. By default every
+        premise is needed and nothing else is known."""
+        return self.answer if all(premise in question for premise in self.premises) else None
+
+    def careless(self) -> tuple[str, ...]:
+        """Answers of somebody who heeds nothing that is asked, where the task can tell: none may be accepted."""
+        return ()
 
     def messages(self) -> tuple[dict[str, Any], ...]:
         return ({"role": "user", "content": self.question},)

@@ -43,6 +43,11 @@ class EngineeringTask(Task):
     blocking = True
     answer_decides = False
 
+    @property
+    def content(self) -> str:
+        """What the programs have to do, whatever the tables they are tried on: the question tells the first check alone."""
+        return repr([stage.wording() for stage in self.stages])
+
     def reset(self) -> Tree:
         return Tree(self.steps)
 

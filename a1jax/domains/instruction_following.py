@@ -143,6 +143,11 @@ def about(text: str) -> str | None:
 _SUBJECT = re.compile(rf"\b(?:{'|'.join(SUBJECTS)})\b", flags=re.IGNORECASE)
 
 
+def careless(subject: str) -> tuple[str, ...]:
+    """Texts written without a look at the rules. No task accepts one, or it would ask for nothing."""
+    return "", "x", "none of these is it", f"The {subject} is old."
+
+
 def signature(r: Rule) -> str:
     """A rule as text, for the split: type and arguments. A repeated request says nothing of its own."""
     return f"{kind(r)} {'' if kind(r) == 'repeat_prompt' else dict(r.arguments)}"
@@ -156,6 +161,18 @@ class InstructionTask(Task):
     rules: tuple[Rule, ...] = ()
 
     answer_decides = False
+
+    @property
+    def content(self) -> str:
+        """The same constraints in another order are the same task."""
+        return repr((self.subject, sorted(signature(r) for r in self.rules)))
+
+    @property
+    def premises(self) -> tuple[str, ...]:
+        return tuple(map(describe, self.rules))
+
+    def careless(self) -> tuple[str, ...]:
+        return careless(self.subject)
 
     def reset(self):
         return ()
@@ -211,7 +228,7 @@ class InstructionFollowing(Domain):
             subject = SUBJECTS[int(rng.integers(len(SUBJECTS)))]
             request = f"Write about the {subject}."
             rules = self._rules(rng, subject, request, steps, split)
-            lazy = any(all(verdicts(rules, text)) for text in ("x", f"The {subject} is old."))
+            lazy = any(all(verdicts(rules, text)) for text in careless(subject))
             answer = write(rules, subject) if len(rules) == steps and not lazy else None
             if answer is not None:
                 break

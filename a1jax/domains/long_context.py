@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Generator
 from typing import NamedTuple
@@ -69,6 +70,12 @@ def outcome(start: int, rules: tuple[Local, ...]) -> int:
     return start
 
 
+def counts(start: int, rules: tuple[Local, ...]) -> bool:
+    """Whether the rules change what is held, and every one of them does: not so of 7 added and taken away, or of nothing doubled."""
+    value = outcome(start, rules)
+    return value != start and all(outcome(start, rules[:i] + rules[i + 1 :]) != value for i in range(len(rules)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Story:
     """A question but for its length. rules apply, in order; noise are rules that do not: void ones, and those about other holders."""
@@ -115,6 +122,26 @@ def question(story: Story, fillers: int) -> tuple[str, tuple[int, ...]]:
     return "\n".join([HEAD, *lines, tail]), tuple(line_of[i] for i in range(-1, len(story.rules)))
 
 
+def read(question: str) -> str | None:
+    """The letter that a question's text leads to, whatever lines it lacks; None where it says not one amount to begin with, but none or
+    several, or lists the outcome not once."""
+    *lines, tail = question.split("\n")
+    goods, asked = re.match(r"How many (\w+) does (\S+) hold", tail).groups()
+    void = {words[5] for words in map(str.split, lines) if words[1:5] == ["The", "rule", "of", "line"]}
+    facts = [line.split()[3] for line in lines if f" {asked} holds " in line and line.endswith(f" {goods}.")]
+    if len(facts) != 1:
+        return None
+    value = int(facts[0])
+    for line in lines:
+        number, _, text = line.partition(": Rule: ")
+        if text.endswith(f" {asked} holds.") and not {number} & void:
+            operation = re.match(r"add|take away|double|triple", text)[0]
+            amount = re.search(r" (\d+) ", text)
+            value = Local(asked, operation, int(amount[1]) if amount else dict(OPERATIONS)[operation]).apply(value)
+    listed = [letter for letter, option in re.findall(r"([A-Z]): (-?\d+)", tail) if int(option) == value]
+    return listed[0] if len(listed) == 1 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class LongTask(Task):
     """answer: the letter of the right option. lines: numbers of the lines that it rests on, the fact's, then the rules'."""
@@ -122,6 +149,17 @@ class LongTask(Task):
     story: Story | None = None
     lines: tuple[int, ...] = ()
     tokens: int = 0  # of the question, by the counter it was built with
+
+    options = tuple(LETTERS)
+
+    @property
+    def premises(self) -> tuple[str, ...]:
+        """The fact's line and the rules'."""
+        lines = self.question.split("\n")
+        return tuple(f"{lines[line]}\n" for line in self.lines)
+
+    def recompute(self, question: str) -> str | None:
+        return read(question)
 
     def reset(self):
         return ()
@@ -170,6 +208,8 @@ class LongContext(Domain):
             raise ConfigError(f"long_context: a task needs at least 1 step, got {steps}")
         rng = np.random.default_rng([seed, steps, zlib.crc32(f"long_context/{split}".encode())])
         story = self._story(rng, steps, split)
+        while not counts(story.start, story.rules):
+            story = self._story(rng, steps, split)
         size, question, lines = self._fit(story)
         return LongTask(
             domain=self.name,

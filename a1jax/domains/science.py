@@ -19,7 +19,7 @@ import numpy as np
 from ..config import ConfigError
 from ..types import Trajectory
 from .base import Call, Domain, Observation, Outcome, Split, Task, Turn, consulted, final_answer, in_split, quotable, tool
-from .science_formulas import SMALLER, UNIT, Step, row, walk
+from .science_formulas import OPERATOR, SMALLER, UNIT, Step, row, walk
 from .science_units import Unreadable, calculate, near, quantity, show
 from .search import CORE, title
 
@@ -38,6 +38,11 @@ class ScienceTask(Task):
     path: tuple[Step, ...] = ()
 
     tools = TOOLS
+
+    @property
+    def content(self) -> str:
+        """The question names objects and quantities; the numbers are the table's."""
+        return repr((self.question, self.first, [step.shown for step in self.path]))
 
     @functools.cached_property
     def _rows(self) -> dict[str, str]:
@@ -108,6 +113,29 @@ class DerivationTask(ScienceTask):
     """The same without tools: the table stands in the question, and the expert derives all in one turn."""
 
     tools = ()
+
+    @property
+    def premises(self) -> tuple[str, ...]:
+        return tuple(text for _, text in self.table)
+
+    def recompute(self, question: str) -> str | None:
+        """From the plan and the rows that the text still has, by the formulas."""
+        plan, *rows = question.split("\n")
+        cells = {
+            (name, cell.split(" ", 1)[0]): cell.split(" ", 1)[1]
+            for name, _, row in (r.partition(": ") for r in rows if r)
+            for cell in row.split(", ")
+        }
+        given, name = re.match(r"Take ([a-z]+)(@[\w-]+)", plan).groups()
+        shown = cells.get((name, given))
+        value = shown and quantity(shown).value
+        for result, wanted, name in re.findall(r" \d+ ([a-z]+) with ([a-z]+)(@[\w-]+)", plan):
+            shown, operator = cells.get((name, wanted)), OPERATOR[given, wanted, result]
+            if value is None or shown is None:
+                return None
+            number, given = quantity(shown).value, result
+            value = value * number if operator == "*" else value / number
+        return f"{show(value)} {UNIT[given]}"
 
     def expert(self) -> Generator[Turn, Observation, None]:
         lines = [stated(self.start, self.first), *(f"{stated(step.result, step.value)} with {step.shown}" for step in self.path)]

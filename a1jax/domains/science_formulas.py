@@ -40,6 +40,7 @@ length * force energy | acceleration * time speed | acceleration * mass force | 
 """.replace("\n", "|").split("|")
     if line.strip()
 )
+OPERATOR = {(given, wanted, result): operator for given, operator, wanted, result in FORMULAS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,11 @@ class WordTask(Task):
     tools = TOOLS[1:]
     self_contained = True
 
+    @property
+    def premises(self) -> tuple[str, ...]:
+        """The problem whole: of somebody else's words nobody knows which part the answer rests on."""
+        return (self.question,)
+
     def reset(self):
         return ()
 

@@ -72,6 +72,10 @@ class StoreTask(Task):
     tools = TOOLS
     answer_decides = False
 
+    @property
+    def content(self) -> str:
+        return repr((self.question, self.store))
+
     def reset(self) -> dict[str, str]:
         return dict(self.store)
 

@@ -146,7 +146,7 @@ def pairs(plan: tuple[Step, ...]) -> tuple[tuple[str, str], ...]:
 @dataclasses.dataclass(frozen=True)
 class ToolGraph(Domain):
     name: str = "tool_calling"
-    goal_calls: int = 6  # most calls a single goal takes, preparations included
+    goal_calls: int = 6  # most calls a single goal takes, preparations included; with 1 nothing is ever looked up
     reuse: float = 0.4  # probability that an argument is something met before, or a lookup shows what an earlier goal wrote
 
     def __post_init__(self):
@@ -160,14 +160,18 @@ class ToolGraph(Domain):
         return Shapes(Catalogue())
 
     def propose(self, seed: int, steps: int, split: Split = "train") -> ToolGraphTask:
-        """A task that takes exactly ``steps`` calls, none of them useless. Raises ConfigError when steps is less than 1."""
+        """A task that takes exactly ``steps`` calls, none of them useless, and of more than one call one that looks something up.
+
+        Raises ConfigError when steps is less than 1.
+        """
         if steps < 1:
             raise ConfigError(f"tool_calling: a task needs at least 1 step, got {steps}")
         rng = np.random.default_rng([seed, steps, zlib.crc32(f"{self.name}/graph/{split}".encode())])
         while True:
             draft = search(rng, self._shapes, seed, steps, split, self.reuse, self.goal_calls)
             plan, world = tuple(draft.plan), draft.world()
-            if screen(plan, world, CATALOGUE) is None:
+            looks = any(step.result for step in plan) or steps == 1 or self.goal_calls == 1
+            if looks and screen(plan, world, CATALOGUE) is None:
                 break
         return ToolGraphTask(
             domain=self.name,
