@@ -9,7 +9,7 @@ import pytest
 
 from a1jax.config import ConfigError
 from a1jax.domains.base import Call, in_split, judge, solve
-from a1jax.domains.long_context import LETTERS, Local, LongContext, four_characters, holder, outcome, question
+from a1jax.domains.long_context import LETTERS, Local, LongContext, counts, four_characters, holder, outcome, question
 from a1jax.types import FAILED, FINISHED
 
 
@@ -53,6 +53,17 @@ def test_any_length_is_met_to_within_a_line(tokens):
         fillers = sum(" holds " in line and "Rule" not in line for line in task.question.split("\n")[1:-1]) - 1
         assert question(task.story, fillers) == (task.question, task.lines) and counter(question(task.story, fillers + 1)[0]) > tokens
         assert len(calls) < 20 and read(task.question) == task.answer
+
+
+def test_every_rule_counts_and_the_text_says_so_to_two_readers():
+    assert counts(30, (Local("@A", "add", 7), Local("@A", "double", 2)))
+    assert not counts(30, (Local("@A", "add", 7), Local("@A", "take away", 7)))  # back where it began
+    assert not counts(4, (Local("@A", "take away", 4), Local("@A", "double", 2)))  # nothing doubled is nothing
+    for seed in range(150):
+        task = LongContext(tokens=400, distractors=2).propose(seed, 2 + seed % 4)
+        assert counts(task.story.start, task.story.rules)
+        assert task.recompute(task.question) == read(task.question) == task.answer
+        assert all(task.recompute(task.question.replace(line, "", 1)) != task.answer for line in task.premises)
 
 
 def test_length_changes_nothing_but_the_length():
