@@ -141,18 +141,19 @@ def test_verdicts_of_an_endpoint_are_what_is_learnt(stage, server):
     assert said.count("4") > said.count("3")
 
 
-def test_an_exact_match_judge_changes_nothing_where_texts_are_compared(stage):
-    setting, start = stage
+def test_an_exact_match_judge_changes_nothing_where_texts_are_compared(stage, elsewhere):
+    (setting, start), there = stage, elsewhere(stage[0], "matched")
     cfg = dataclasses.replace(CFG, steps=2)
     plain = grpo.run(cfg, start, setting, "search", "verified")
     assert not same(plain, start)
-    assert same(grpo.run(dataclasses.replace(cfg, judge=bind(exact_match)), start, setting, "search", "matched"), plain)
+    assert same(grpo.run(dataclasses.replace(cfg, judge=bind(exact_match)), start, there, "search", "verified"), plain)
 
 
 @pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_judge_that_goes_down_ends_the_run_in_one_line_and_it_goes_on(stage, server, monkeypatch, at):
+def test_a_judge_that_goes_down_ends_the_run_in_one_line_and_it_goes_on(stage, server, monkeypatch, elsewhere, at):
     setting, start = stage
-    cfg, original, name = judged_by(server), groups.Reinforced.next, f"down_{at}"
+    here = elsewhere(setting, f"down_{at}")
+    cfg, original, name = judged_by(server), groups.Reinforced.next, "judged_down"
     sound = server.answers
 
     def down(self, state):
@@ -161,16 +162,16 @@ def test_a_judge_that_goes_down_ends_the_run_in_one_line_and_it_goes_on(stage, s
 
     monkeypatch.setattr(groups.Reinforced, "next", down)
     with pytest.raises(JudgeError) as caught:
-        grpo.run(cfg, start, setting, "search", name)
+        grpo.run(cfg, start, here, "search", name)
     monkeypatch.undo()
     saved = f"{name} is saved at step {at}" if at else f"{name} is at its beginning"
     line = f"judge {server.url}/chat/completions: no verdict in 2 tries; the last: HTTP 503 Service Unavailable: out; {saved}"
     assert str(caught.value) == f"{line}, the same command goes on from there"
-    assert checkpoint.latest(setting.directory(name) / "checkpoints") == (at or None)
+    assert checkpoint.latest(here.directory(name) / "checkpoints") == (at or None)
     server.answers = sound
-    after = grpo.run(cfg, start, setting, "search", name)
-    assert same(after, grpo.run(cfg, start, setting, "search", "never_down"))  # which is made once and then read
-    assert [line["step"] for line in lines(setting, name)] == [1, 2, 3, 4, 5]
+    after = grpo.run(cfg, start, here, "search", name)
+    assert same(after, grpo.run(cfg, start, setting, "search", name))  # which is made once and then read
+    assert [line["step"] for line in lines(here, name)] == [1, 2, 3, 4, 5]
 
 
 def test_where_no_group_teaches_nothing_moves(stage):
