@@ -103,7 +103,7 @@ def test_tool_calls_demand_the_lookups_that_later_calls_use(seed):
     task = DOMAINS["tool_calling"].propose(seed, 4)
     run = solve(task)
     lookups = sum(bool(step.result) for step in task.plan)
-    assert feedback.demand(task) == lookups == (1, 2, 1, 0, 2, 2)[seed]
+    assert feedback.demand(task) == lookups == (1, 2, 1, 2, 2, 2)[seed]
     cut = dataclasses.replace(run, records=run.records[:1], messages=run.messages[:3])
     assert feedback.of_run(task, cut).share == (0.0 if feedback.demand(task) else 1.0)
     halves = [effective(run.records[:2], feedback.asked(run)), effective(run.records[2:], "", "done", first=2)]
