@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import checkpoint, interruption, lost_process, metrics, sharding
 from . import params as param_specs
+from .config import ConfigError
 from .rollout.judges import JudgeError
 from .types import Metrics, Params, TrainState
 from .update_rule import Rule, plain_step, to_device, to_host
@@ -193,8 +194,9 @@ def fit(
                             batch, extra_metrics = source.next(state)
                     except interruption.Interrupted as stop:
                         raise interruption.Interrupted(stop.number, saved(at, state, position)) from None
-                    except JudgeError as error:
-                        raise JudgeError(f"{error}; {saved(at, state, position)}, the same command goes on from there") from None
+                    except ConfigError as error:  # what is only found out on the way loses no step
+                        goes_on = ", the same command goes on from there" if isinstance(error, JudgeError) else ""
+                        raise type(error)(f"{error}; {saved(at, state, position)}{goes_on}") from None
                     tokens += extra_metrics.get("tokens", 0)
                     state, out = step_fn(state, batch)
                     if (at + 1) % log_every == 0 or at + 1 == steps or at == done:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Budgets of a run; reaching one gives the status TRUNCATED."""
+    """Budgets of a run; reaching one gives the status TRUNCATED, but at max_turns where the run is asked for its answer first."""
 
     slots: int = 64  # environments decoded in lockstep; memory of the cache grows with it
     max_turns: int = 32  # model turns in one run

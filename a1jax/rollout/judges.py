@@ -8,6 +8,7 @@ where a config names one (``GrpoConfig.judge``, ``Evaluation.judge``).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,12 @@ Judge = Callable[[Case], Verdict]
 def opened(judge: Binding) -> Judge:
     """The judge a config names: a class, as ``RemoteJudge``, is made of what is bound, a function judges as it is bound.
 
-    Raises ConfigError for a class that needs more than is bound, or refuses it."""
-    if not isinstance(judge.fn, type):
-        return judge
+    Raises ConfigError for one that needs more than is bound, or refuses it."""
     try:
-        return judge()
+        if isinstance(judge.fn, type):
+            return judge()
+        inspect.signature(judge.fn).bind(None, **judge.kwargs)
+        return judge
     except TypeError as error:
         raise ConfigError(f"judge: bind what {judge.fn.__name__} needs: {error}") from None
 

@@ -92,13 +92,16 @@ def use_of(task: Task) -> str:
 def _judged(wanted: tuple[tuple[Domain, int, int], ...], use: str, start: int, most: int) -> tuple[Task, ...]:
     found: dict[str, Task] = {}
     for family, steps, count in wanted:
-        before, last = len(found), 0  # last: the number of seeds up to the last new task
+        before, earlier, last = len(found), set(found), 0  # last: the number of seeds up to the last task that was new here
         for i in range(most):
             if len(found) - before == count or i - last == PATIENCE:
                 break
             task = family.propose(start + i, steps, "heldout")
             if task.content not in found and use_of(task) == use:
                 found[task.content], last = task, i + 1
+            elif task.content in earlier:  # that a source before this one took it says nothing of how many there are
+                earlier.remove(task.content)
+                last = i + 1
         if len(found) - before < count:
             name, got = type(family).__name__, len(found) - before
             log.warning("%s: %d distinct %s tasks of %d steps were found, not %d; so many are judged", name, got, use, steps, count)

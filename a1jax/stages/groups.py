@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def judge(cfg: GrpoConfig, tasks: list[Task], runs: list[Rollout]) -> Groups:
     where that gives none, ConfigError for a reward that is no number, and under "papo" for one that is neither 0 nor 1."""
     n, g = len(tasks), cfg.samples
     runs = verdicts.by_judge(cfg.judge, [task for task in tasks for _ in range(g)], runs)
-    runs = [_with_rubrics(tasks[i // g], run) for i, run in enumerate(runs)]
+    with ThreadPoolExecutor(cfg.limits.workers, "rubrics") as pool:  # those of programs run them
+        runs = list(pool.map(_with_rubrics, (task for task in tasks for _ in range(g)), runs))
     found = [None if run.status == ABORTED else cfg.reward(run.trajectory) for run in runs]
     statuses = [[run.status for run in runs[i * g : (i + 1) * g]] for i in range(n)]
     valid, looked = advantages.counted(statuses, cfg.overlong == "mask")

@@ -252,7 +252,8 @@ def run(cfg: GrpoConfig, params: Params, setting: Setting, domain: str, stage: s
     def make_source() -> groups.Reinforced:
         engine = Engine(setting.model, setting.tokenizer, cfg.limits)
         tasks = task_pool.Tasks(setting.families[domain], cfg.sources, setting.seed, lane)
-        verdicts.check(cfg.judge, tasks.take(0, len(cfg.sources)))  # one of each source
+        if cfg.judge is not None:
+            verdicts.check(cfg.judge, tasks.take(0, len(cfg.sources)))  # one of each source
         if cfg.pool is not None:
             tasks = task_pool.choose(cfg.pool, tasks, engine, params, setting.directory(stage) / "pool.json", stage, cfg.judge)
         scorer = Scorer(cfg, setting.model, params)

@@ -68,6 +68,8 @@ class Experiment:
             for field in ("runs", "teachers"):
                 if name not in getattr(self, field) and not (field == "teachers" and name in self.checkpoints):
                     raise ConfigError(f"{field} has nothing for domain '{name}'; it has {', '.join(sorted(getattr(self, field)))}")
+            if name in self.teachers:
+                teacher.check(self.teachers[name], self.family(name))
         for name in self.checkpoints:
             if name not in self.domains:
                 raise ConfigError(f"checkpoints has '{name}', which is not among domains; those are {', '.join(self.domains)}")

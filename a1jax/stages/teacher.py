@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from .. import distributed
 from ..config import ConfigError
 from ..data.packing import Example
+from ..domains import Domain
 from ..types import Params
-from . import experts, grpo, sft
+from . import experts, grpo, sft, verdicts
 from .grpo import GrpoConfig
 from .setting import Setting
 
@@ -38,6 +39,13 @@ class TeacherConfig:
     def families(self) -> list[experts.Runs | experts.Prompts]:
         """All that its data are drawn from."""
         return [x for phase in self.recipe for x in (experts.several(phase.runs) if isinstance(phase, SftPhase) else phase.sources)]
+
+
+def check(cfg: TeacherConfig, family: Domain) -> None:
+    """Raises ConfigError where a phase's judge is none for the tasks of the domain, before anything is trained."""
+    for phase in cfg.recipe:
+        if isinstance(phase, GrpoConfig) and phase.judge is not None:
+            verdicts.check(phase.judge, [(source.family or family).propose(0, source.lengths[0]) for source in phase.sources])
 
 
 def run(

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from .. import distributed
 from ..config import Binding, ConfigError
-from ..domains.base import Task, final_answer
+from ..domains.base import Outcome, Task, final_answer
 from ..rollout.judges import Case, JudgeError, Verdict, judge_all, opened
-from ..types import FAILED, FINISHED, Record, Rollout
+from ..types import FAILED, FINISHED, Record, Rollout, Trajectory
 
 
 def by_judge(judge: Binding | None, tasks: Sequence[Task], runs: Sequence[Rollout]) -> list[Rollout]:
     """The runs as the judge sees them: reward its score, FINISHED where that is 1 and FAILED elsewhere, its reason in a record behind the
-    verifier's. None: the runs as they are.
+    verifier's. None: the runs as they are. The judge speaks of the answer: a run that the verifier would refuse with the reference answer
+    in its place, as one whose evidence was never read, stays refused.
 
     tasks: one per run. Asked is once for all of them, about runs that ended with an answer; TRUNCATED and ABORTED runs stay as they are,
     and those of tasks that more than the answer decides. Of several processes the first asks. Raises JudgeError, on all of them.
@@ -25,7 +26,7 @@ def by_judge(judge: Binding | None, tasks: Sequence[Task], runs: Sequence[Rollou
     places = [i for i, (task, run) in enumerate(zip(tasks, runs, strict=True)) if task.answer_decides and _answered(run)]
     cases = [Case(tasks[i].question, final_answer(runs[i].trajectory), tasks[i].answer) for i in places]
     for i, verdict in zip(places, _asked(judge, cases), strict=True):
-        runs[i] = _judged(runs[i], verdict)
+        runs[i] = _judged(runs[i], verdict, _but_for_the_answer(tasks[i], runs[i].trajectory))
     return runs
 
 
@@ -51,8 +52,15 @@ def _asked(judge: Binding, cases: list[Case]) -> list[Verdict]:
     return [Verdict(tuple(met), reason) for met, reason in distributed.from_first([[v.met, v.reason] for v in found])]
 
 
-def _judged(run: Rollout, verdict: Verdict) -> Rollout:
-    status, records = FINISHED if verdict.score >= 1.0 else FAILED, run.trajectory.records
-    said = Record((), None, None, f"judge: {verdict.reason}")
-    trajectory = dataclasses.replace(run.trajectory, records=(*records, said), reward=verdict.score, status=status)
-    return dataclasses.replace(run, trajectory=trajectory, reward=verdict.score, status=status)
+def _but_for_the_answer(task: Task, run: Trajectory) -> Outcome:
+    """The verifier's verdict on the run with the reference answer in the place of its own."""
+    right = {**run.messages[-1], "content": task.answer}
+    return task.verify(dataclasses.replace(run, messages=(*run.messages[:-1], right)))
+
+
+def _judged(run: Rollout, verdict: Verdict, rest: Outcome) -> Rollout:
+    score = verdict.score if rest.accepted else 0.0
+    status, records = FINISHED if score >= 1.0 else FAILED, run.trajectory.records
+    reason = f"judge: {verdict.reason}" + ("" if rest.accepted else f"; the verifier: {rest.reason}")
+    trajectory = dataclasses.replace(run.trajectory, records=(*records, Record((), None, None, reason)), reward=score, status=status)
+    return dataclasses.replace(run, trajectory=trajectory, reward=score, status=status)

@@ -106,6 +106,12 @@ class Same(Domain):
         return Task("same", f"same-{seed}", steps, "Say it.", "it", (), (("a", "b"),))
 
 
+@pytest.mark.parametrize("use", experts.JUDGED)
+def test_a_second_source_of_a_family_goes_on_behind_the_first(use):
+    tasks = experts.judged(QUICKSTART["search"], (Runs({2: 400}), Runs({2: 50})), use, 0)
+    assert len({task.content for task in tasks}) == len(tasks) == 450
+
+
 def test_a_family_of_one_task_is_judged_by_one(caplog):
     found = experts.judged(Same(), (Runs({1: 5}), Runs({1: 5})), "heldout", 0)
     assert [t.task_id for t in found] == [f"same-{experts.STARTS['heldout']}"] and len(caplog.records) == 2

@@ -10,7 +10,7 @@ import pytest
 from a1jax import config
 from a1jax.config import ConfigError, bind
 from a1jax.domains import DOMAINS, base
-from a1jax.rollout.judges import JudgeError, Verdict, exact_match, number_match
+from a1jax.rollout.judges import JudgeError, Verdict, by_rules, exact_match, number_match
 from a1jax.rollout.remote_judge import RemoteJudge
 from a1jax.stages import evaluate, experts, groups, task_pool, verdicts
 from a1jax.stages.grpo import GrpoConfig
@@ -56,6 +56,17 @@ def test_whom_a_judge_is_asked_about_and_what_it_changes(guess):
         assert run.trajectory.messages == before.trajectory.messages and run.trajectory.metadata == before.trajectory.metadata
     assert [r.outcome for r in found[2].trajectory.records] == ["wrong", "judge: 4 is wanted"]  # the verifier's word stays
     assert verdicts.by_judge(None, [task] * 6, runs) == runs
+
+
+@pytest.mark.parametrize("name", ["search", "science"])
+def test_a_right_answer_whose_evidence_was_never_read_stays_refused(name):
+    task = DOMAINS[name].propose(1, 2)
+    read, unread = base.solve(task), answered(task, task.answer)
+    assert unread.status == FAILED and read.status == FINISHED
+    whole = dataclasses.replace(unread, trajectory=read, status=read.status, reward=read.reward)
+    found, seen = asked_of(task, [unread, whole], right=task.answer)
+    assert len(seen) == 1 and [(run.status, run.reward) for run in found] == [(FAILED, 0.0), (FINISHED, 1.0)]
+    assert found[0].trajectory.records[-1].outcome.startswith(f"judge: {task.answer} is wanted; the verifier: ")
 
 
 def test_verdicts_are_the_correctness_that_groups_are_made_of(guess):
@@ -126,6 +137,15 @@ def test_a_judge_of_answers_is_refused_where_the_answer_does_not_decide():
     assert not any(DOMAINS[name].propose(1, 1).answer_decides for name in ("instruction_following", "tool_calling"))
 
 
+def test_an_experiment_refuses_it_before_anything_is_trained():
+    cfg = config.load(f"{ROOT}/experiments/six_domains.py")
+    judged = [GrpoConfig(judge=bind(exact_match))]
+    recipes = {d: dataclasses.replace(cfg.teachers[d], recipe=(*cfg.teachers[d].recipe, *judged)) for d in ("science", "general")}
+    dataclasses.replace(cfg, teachers={**cfg.teachers, "science": recipes["science"]})
+    with pytest.raises(ConfigError, match="GrpoConfig.judge: a task of general"):
+        dataclasses.replace(cfg, teachers={**cfg.teachers, **recipes})
+
+
 REMOTE = bind(RemoteJudge, base_url="http://localhost:1/v1", model="grader")
 
 
@@ -142,6 +162,8 @@ def test_a_judge_in_a_config_is_saved_loaded_overridden_and_checked(tmp_path):
             make(judge=bind(RemoteJudge, base_url="http://x"))
         with pytest.raises(ConfigError, match="base_url 'x' must start with http"):
             make(judge=bind(RemoteJudge, base_url="x", model="m"))
+        with pytest.raises(ConfigError, match="bind what by_rules needs: .*'rules'"):
+            make(judge=bind(by_rules))
 
 
 @pytest.fixture
