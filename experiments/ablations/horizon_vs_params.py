@@ -50,8 +50,8 @@ is missing cannot be known and is a target all the same. The arm "solvable" has 
 1.2M tokens 456K are targets at H = 34, 462K at 80, 570K at 190, 613K at 440, 624K at 1,024, which favours long horizons a little. Under
 equal FLOPs nano_16 trains on 5.5M to 6.9M tokens, nano_128 on 0.2M, less than one pass over the long runs. One learning rate, chosen at
 nano_48 on tasks of the admission split, serves all. Rows of 1,024 tokens come one a step, of 256 four.
-Held-out tasks are distinct by content since commit 4c5d0c2, and tool calling redraws some; the figures are of the tasks before: do not go on
-with their cells.
+Held-out tasks are distinct by content since commit 4c5d0c2, and tool calling redraws some; the figures are of the tasks before: do not go
+on with their cells.
 """
 
 import dataclasses

@@ -66,8 +66,8 @@ judge of another domain's tasks. Not told apart: tail and full; reverse, forward
 (the teachers here are nearly perfect, and so is what they write). The paper's renormalised loss is worse than tail or full at every k in
 the mean (77 to 89 against 94), but seeds differ by up to 42 points (k = 128: 53, 85 and 95), so that no k is told from another. Experts:
 none of it is told from the luck of training.
-Held-out tasks are distinct by content since commit 4c5d0c2, and tool calling redraws some; the figures are of the tasks before: do not go on
-with their cells.
+Held-out tasks are distinct by content since commit 4c5d0c2, and tool calling redraws some; the figures are of the tasks before: do not go
+on with their cells.
 """
 
 import dataclasses
