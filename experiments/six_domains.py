@@ -73,13 +73,21 @@ FAMILIES = {
     "general": DOMAINS["general"],
 }
 DERIVATIONS, REGISTER = Science(tools=False), LongContext(tokens=150, distractors=0)
-LENGTHS = {  # of held-out tasks and of prompts, in steps of each domain
+LENGTHS = {  # of held-out tasks, in steps of each domain
     "search": (1, 2, 4, 6),
     "engineering": (1, 2, 3),
     "science": (1, 2, 3, 4),
     "instruction_following": (1, 2, 3, 4),
     "tool_calling": (2, 4, 6, 8),
     "general": (1, 2, 3, 4),
+}
+
+
+PRACTICE = LENGTHS | {  # of the student's prompts: the long ones, which stage 1 has few of, come more often
+    "engineering": (1, 2, 3, 3),
+    "science": (1, 2, 3, 3, 4, 4),
+    "tool_calling": (2, 4, 6, 6, 8, 8),
+    "general": (1, 2, 3, 4, 4),
 }
 
 
@@ -116,7 +124,7 @@ def get_config(arg: str = "") -> Experiment:
         distill=DistillConfig(
             steps=400,
             prompts=8,
-            of={d: (Prompts(lengths),) for d, lengths in LENGTHS.items()}
+            of={d: (Prompts(lengths),) for d, lengths in PRACTICE.items()}
             | {"instruction_following": (Prompts(LENGTHS["instruction_following"]),) * 3 + (Prompts((1,), REGISTER),)},
             rows=4,
             rows_of={"search": 3, "engineering": 5, "instruction_following": 3, "tool_calling": 3},
@@ -170,7 +178,7 @@ def teachers(limits: Limits) -> dict:
         ),
         "science": recipes.science(Runs({1: 150, 2: 150}, DERIVATIONS), sft, Runs({2: 150, 3: 200, 4: 200}), sft),
         "instruction_following": recipes.instruction_following(
-            dataclasses.replace(rubrics, steps=60, prompts=32, rows=80),
+            dataclasses.replace(rubrics, steps=100, prompts=32, rows=80),
             (constraints,),
             dataclasses.replace(grpo, steps=8, rows=64),
             (register,),
