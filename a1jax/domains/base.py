@@ -82,6 +82,12 @@ class Task:
         """Whether the question holds all that the answer rests on, so that tools, if any, only calculate."""
         return not self.tools
 
+    @property
+    def content(self) -> str:
+        """What makes the task, without its seed: tasks of equal content are one task. Families whose hidden state is not told by question,
+        answer and chain, or whose question can say one thing in several ways, say their own. The same on every machine."""
+        return repr((self.question, self.answer, self.chain))
+
     def messages(self) -> tuple[dict[str, Any], ...]:
         return ({"role": "user", "content": self.question},)
 

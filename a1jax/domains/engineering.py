@@ -42,6 +42,11 @@ class EngineeringTask(Task):
     tools = TOOLS
     blocking = True
 
+    @property
+    def content(self) -> str:
+        """What the programs have to do, whatever the tables they are tried on: the question tells the first check alone."""
+        return repr([stage.wording() for stage in self.stages])
+
     def reset(self) -> Tree:
         return Tree(self.steps)
 

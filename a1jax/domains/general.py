@@ -68,6 +68,11 @@ class GeneralTask(Task):
     tools = TOOLS
     options = policies.CLOSINGS
 
+    @property
+    def content(self) -> str:
+        """The question is the policy and an opening that hides every fact."""
+        return repr((self.question, self.wishes, self.orders))
+
     def messages(self) -> tuple[dict[str, Any], ...]:
         return {"role": "system", "content": self.policy.text()}, {"role": "user", "content": self.wishes[0].opening}
 

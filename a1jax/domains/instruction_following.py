@@ -155,6 +155,11 @@ class InstructionTask(Task):
     subject: str = ""
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def content(self) -> str:
+        """The same constraints in another order are the same task."""
+        return repr((self.subject, sorted(signature(r) for r in self.rules)))
+
     def reset(self):
         return ()
 

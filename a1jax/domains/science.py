@@ -39,6 +39,11 @@ class ScienceTask(Task):
 
     tools = TOOLS
 
+    @property
+    def content(self) -> str:
+        """The question names objects and quantities; the numbers are the table's."""
+        return repr((self.question, self.first, [step.shown for step in self.path]))
+
     @functools.cached_property
     def _rows(self) -> dict[str, str]:
         return dict(self.table)

@@ -71,6 +71,10 @@ class StoreTask(Task):
 
     tools = TOOLS
 
+    @property
+    def content(self) -> str:
+        return repr((self.question, self.store))
+
     def reset(self) -> dict[str, str]:
         return dict(self.store)
 

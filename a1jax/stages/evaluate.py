@@ -29,8 +29,8 @@ class Evaluation:
     of: dict[str, tuple[experts.Runs, ...]] = dataclasses.field(default_factory=dict)  # domain -> its own held-out tasks
 
     def tasks(self, domain: str, family: Domain, use: str) -> list[Task]:
-        sources = self.of.get(domain, (experts.Runs(self.counts),))
-        return [task for source in sources for task in experts.tasks(source.family or family, source.counts, use, self.seed)]
+        """Distinct tasks of a use of ``experts.JUDGED``: fewer than were asked for where the family has no more."""
+        return experts.judged(family, self.of.get(domain, (experts.Runs(self.counts),)), use, self.seed)
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

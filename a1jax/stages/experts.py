@@ -1,9 +1,16 @@
-"""Finite expert data from embedded domains, prompts to roll out, held-out tasks to be judged by: all seeded, all disjoint."""
+"""Finite expert data from embedded domains, prompts to roll out, held-out tasks to be judged by: all seeded, each use from its own seeds.
+
+Training tasks and judged ones are of two splits, which share no part of a chain; two seeds of training may give the same task. What is
+judged is distinct by content (``Task.content``) within a use, and held-out and admission tasks share no content.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,9 +22,14 @@ from ..data.tokenizer import Tokenizer
 from ..domains import Call, Domain, Task, solve
 from ..types import Trajectory
 
-# Seeds of tasks start here, one range per use, so that no use ever meets another's tasks.
+log = logging.getLogger(__name__)
+
+# Seeds of tasks start here, one range per use, so that no use ever meets another's seeds.
 USES = ("sft", "teacher", "prompts", "heldout", "admission", "tokenizer", "reinforce")  # reinforce: what teachers are rolled out on
 STARTS = {use: i * 10_000_000 for i, use in enumerate(USES)}
+JUDGED = ("heldout", "admission")
+ADMISSION_SHARE = 3  # one content in three may admit a teacher, the others are held out to report
+PATIENCE = 300  # seeds in a row without a new task of the use, after which a family is taken to have no more
 LANE = 100_000  # tasks of one use and seed; stages of one domain that draw from the same use have a lane each
 
 
@@ -47,26 +59,67 @@ class Prompts:
 
 
 def tasks(family: Domain, counts: dict[int, int], use: str, seed: int, skip: int = 0) -> list[Task]:
-    """The tasks of one use of a domain: ``use`` picks the seed range and, for "heldout" and "admission", the held-out split.
+    """The tasks of one use of a domain: ``use`` picks the seed range and, for the uses in JUDGED, the held-out split.
 
-    Admission tasks (to admit a teacher) and held-out tasks (to report) come from different seeds of the held-out split.
+    Training tasks: one of each seed, so that two may be equal. Judged ones are distinct, see ``judged``, and may be fewer than counts.
     skip: seeds of the range that others have taken; each length begins there.
     """
-    split = "heldout" if use in ("heldout", "admission") else "train"
+    if use in JUDGED:
+        return judged(family, (Runs(counts),), use, seed, skip)
     start = STARTS[use] + seed * LANE + skip
-    return [family.propose(start + i, steps, split) for steps in sorted(counts) for i in range(counts[steps])]
+    return [family.propose(start + i, steps, "train") for steps in sorted(counts) for i in range(counts[steps])]
+
+
+def judged(family: Domain, sources: Sequence[Runs], use: str, seed: int, skip: int = 0) -> list[Task]:
+    """The held-out tasks (to report) or admission tasks (to admit a teacher) of a domain, no two of one content; ``family`` is that of a
+    source that names none. Seeds are gone through in order; a content is of one use for good, by ``use_of``, whatever is asked for.
+
+    A finite family may have fewer tasks than are asked for: then there are fewer, and a warning says so. The same tasks to all who ask.
+    """
+    wanted = tuple((source.family or family, steps, source.counts[steps]) for source in sources for steps in sorted(source.counts))
+    try:
+        return list(_kept(wanted, use, STARTS[use] + seed * LANE + skip, LANE - skip))
+    except TypeError:  # a family with a field that cannot be hashed, such as a list
+        return list(_judged(wanted, use, STARTS[use] + seed * LANE + skip, LANE - skip))
+
+
+def use_of(task: Task) -> str:
+    """Which of JUDGED a held-out task is of: a function of its content alone, as a hash has it."""
+    digest = hashlib.blake2b(task.content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return "admission" if int.from_bytes(digest, "big") % ADMISSION_SHARE == 0 else "heldout"
+
+
+def _judged(wanted: tuple[tuple[Domain, int, int], ...], use: str, start: int, most: int) -> tuple[Task, ...]:
+    found: dict[str, Task] = {}
+    for family, steps, count in wanted:
+        before, last = len(found), 0  # last: the number of seeds up to the last new task
+        for i in range(most):
+            if len(found) - before == count or i - last == PATIENCE:
+                break
+            task = family.propose(start + i, steps, "heldout")
+            if task.content not in found and use_of(task) == use:
+                found[task.content], last = task, i + 1
+        if len(found) - before < count:
+            name, got = type(family).__name__, len(found) - before
+            log.warning("%s: %d distinct %s tasks of %d steps were found, not %d; so many are judged", name, got, use, steps, count)
+    return tuple(found.values())
+
+
+_kept = functools.lru_cache(maxsize=64)(_judged)  # every model that is judged asks for the same tasks
 
 
 def examples(
     family: Domain, index: int, runs: Runs | Sequence[Runs], use: str, seed: int, tokenizer: Tokenizer, show_tools: bool, skip: int = 0
 ) -> list[tuple[int, Example]]:
-    """(steps, example) of every expert run, of several families one after the other, no seed twice; index is the domain's number in the
-    batch. skip: as in ``tasks``."""
+    """(steps, example) of every expert run, of several families one after the other; index is the domain's number in the batch. Training
+    runs: no seed twice; judged ones: no content twice. skip: as in ``tasks``."""
     return [(steps, example(run, index, tokenizer, show_tools)) for steps, run in expert_runs(family, runs, use, seed, skip)]
 
 
 def expert_runs(family: Domain, runs: Runs | Sequence[Runs], use: str, seed: int, skip: int = 0) -> list[tuple[int, Trajectory]]:
     """(steps, run) of every expert run, in the order of ``examples``."""
+    if use in JUDGED:
+        return [(task.steps, solve(task)) for task in judged(family, several(runs), use, seed, skip)]
     out = []
     for part in several(runs):
         out += [(task.steps, solve(task)) for task in tasks(part.family or family, part.counts, use, seed, skip)]
@@ -90,7 +143,7 @@ def taken(runs: Runs | Sequence[Runs]) -> int:
 
 
 def prompts(family: Domain, lengths: Sequence[int], number: int, step: int, seed: int) -> list[Task]:
-    """``number`` unique training tasks for one step of distillation, their lengths in turn; no task comes twice in a run."""
+    """``number`` training tasks for one step of distillation, their lengths in turn; no seed comes twice in a run."""
     return mixed_prompts(family, (Prompts(tuple(lengths)),), number, step, seed)
 
 
