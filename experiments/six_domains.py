@@ -122,7 +122,7 @@ def get_config(arg: str = "") -> Experiment:
         sft=sft,
         teachers=teachers(limits),
         distill=DistillConfig(
-            steps=400,
+            steps=700,
             prompts=8,
             of={d: (Prompts(lengths),) for d, lengths in PRACTICE.items()}
             | {"instruction_following": (Prompts(LENGTHS["instruction_following"]),) * 3 + (Prompts((1,), REGISTER),)},
@@ -132,7 +132,7 @@ def get_config(arg: str = "") -> Experiment:
             k=16,
             mode="tail",  # the paper's "salient" is blind outside the k best, see the README
             optimizer=bind(optim.muon, learning_rate=0.006, table_learning_rate=0.006, final=0.05),
-            limits=dataclasses.replace(limits, slots=48, temperature=1.0),
+            limits=dataclasses.replace(limits, slots=16, temperature=1.0),  # fewer than the runs of a step: less waits for the longest
         ),
         evaluation=held_out(50),
         admission=held_out(30),
