@@ -81,7 +81,7 @@ class GrpoConfig:
     sources: tuple[experts.Prompts, ...] = (experts.Prompts((1, 2, 4, 8)),)  # what tasks are drawn from, in equal shares
     pool: task_pool.Pool | None = None  # a finite choice of those tasks, reused in epochs; None: fresh tasks every step
     reward: Binding = bind(rewards.outcome_reward)  # trajectory -> rollout.rewards.Reward; metadata["rubrics"] is there in every run
-    judge: Binding | None = None  # Case -> Verdict of rollout.judges, or bind(RemoteJudge, ...), on answers, in place of the tasks' own verifiers
+    judge: Binding | None = None  # Case -> Verdict, as of rollout.judges: of answers, in the verifiers' place; or bind(RemoteJudge, ...)
     advantage: Literal["group", "papo"] = "group"  # papo: failed runs are also compared by the share of rubrics met
     deviation: bool = True  # advantages are divided by the group's deviation; False: nearly solved prompts weigh no more than others
     process_coefficient: float = 0.5  # papo only: weight of that comparison
