@@ -163,8 +163,8 @@ def fit(
     source's position and the keys all come from the checkpoint, and metrics lines written after it are dropped.
     probe(params) -> metrics is asked before the first step, every ``probe_every`` steps and after the last, and written as "<stage>/probe".
     Told to stop (``interruption``), it finishes the step in hand, but abandons a batch in the making, saves, waits until that is complete
-    and raises Interrupted. Raises ConfigError at the first step that finds a save to have failed. A JudgeError of the source is raised on
-    when what was trained before it is saved.
+    and raises Interrupted. Raises ConfigError at the first step that finds a save to have failed. A ConfigError of the source, such as a
+    JudgeError, is raised on when what was trained before it is saved.
     """
     manager = checkpoint.open_manager(directory, keep=keep, save_every=save_every)
 

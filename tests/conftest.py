@@ -149,3 +149,12 @@ def largest_array(jaxpr) -> int:
 def largest():
     """largest(jaxpr): see ``largest_array``."""
     return largest_array
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An OpenAI-compatible endpoint on this machine, see tests/rollout/judge_endpoint.py."""
+    from tests.rollout.judge_endpoint import serving
+
+    with serving(monkeypatch) as found:
+        yield found

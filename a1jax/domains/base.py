@@ -77,9 +77,7 @@ class Task:
     blocking = False  # its methods may take long: a rollout then calls them on a thread of their own
     options = ()  # answers that the question lists, the right one among others
     final_request = ""  # protocol: at the turn limit the last turn is taken back, and this asks for the answer instead; "": the run is cut
-    answer_decides = (
-        True  # an answer that says the same as ``answer`` is right, whatever its words; False: a state or rules for texts decide
-    )
+    answer_decides = True  # an answer that says what ``answer`` says is right, in any words; False: a state or rules for texts decide
     premises = ()  # of a self-contained task: the parts of its question that the answer rests on, word for word
 
     @property

@@ -150,8 +150,6 @@ class LongTask(Task):
     lines: tuple[int, ...] = ()
     tokens: int = 0  # of the question, by the counter it was built with
 
-    options = tuple(LETTERS)
-
     @property
     def premises(self) -> tuple[str, ...]:
         """The fact's line and the rules'."""

@@ -151,12 +151,6 @@ def pool(
     return [(steps, run, experts.example(run, index, tokenizer, show_tools=False)) for steps, run in runs]
 
 
-@functools.lru_cache(maxsize=16)
-def judged_by(family: Domain, counts: tuple[tuple[int, int], ...], split: str) -> list:
-    """The same tasks for every cell."""
-    return experts.tasks(family, dict(counts), split, 0)
-
-
 @functools.lru_cache(maxsize=4)
 def open_tokenizer(families: tuple[Domain, ...], cfg: TokenizerConfig) -> Tokenizer:
     """The tokenizer at cfg.path, or one trained on runs of the families: the same in every cell, whichever process runs it."""
@@ -208,7 +202,7 @@ def spent(stage: sft.SftConfig, data: Sequence[tuple[int, Example]], setting: Se
 def judge(cell: HorizonCell, params: Params, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """One record per held-out task. The longest are begun first, so that none is left alone at the end."""
     engine = Engine(cell.model, tokenizer, cell.limits)
-    tasks = [t for family in cell.families.values() for t in judged_by(family, tuple(sorted(cell.heldout.items())), cell.split)]
+    tasks = [t for family in cell.families.values() for t in experts.tasks(family, cell.heldout, cell.split, 0)]
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i].steps)
     rollouts, _ = engine.run(params, [tasks[i] for i in order], seed=0)
     by_place = dict(zip(order, rollouts, strict=True))

@@ -13,14 +13,7 @@ from a1jax.config import ConfigError
 from a1jax.rollout import remote_judge
 from a1jax.rollout.judges import Case, JudgeError, Verdict, judge_all
 from a1jax.rollout.remote_judge import RemoteJudge, Unreadable, read_verdict
-from tests.rollout.judge_endpoint import Server, completion, says, serving
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with serving(monkeypatch) as found:
-        yield found
-
+from tests.rollout.judge_endpoint import Server, completion, says
 
 CASE = Case("Where is the tower?", "In Paris.", "Paris")
 RUBRICS = dataclasses.replace(CASE, rubrics=("names a city", "is polite", "is short"))

@@ -23,7 +23,7 @@ from a1jax.stages.grpo import GrpoConfig, Objective
 from a1jax.stages.setting import MeshConfig, Setting, make_mesh
 from a1jax.stages.task_pool import Pool
 from a1jax.types import FINISHED, TRUNCATED
-from tests.rollout.judge_endpoint import says, serving
+from tests.rollout.judge_endpoint import says
 
 LENGTH, ROWS, BLOCK = 48, 8, 256
 LIMITS = Limits(slots=32, max_turns=1, max_turn_tokens=8, max_length=LENGTH, temperature=1.0)
@@ -112,12 +112,6 @@ def test_a_killed_stage_goes_on_bitwise(stage, monkeypatch, elsewhere):
     assert kept[0] == kept[1] and len(kept[0]) == 5
 
 
-@pytest.fixture
-def server(monkeypatch):
-    with serving(monkeypatch) as found:
-        yield found
-
-
 def judged_by(server, **more):
     """One that wants a 4, whatever the task's own verifier wants."""
     server.answers = [lambda handler: says(json.loads(handler.body["messages"][1]["content"])["answer"] == "4")]
@@ -172,6 +166,21 @@ def test_a_judge_that_goes_down_ends_the_run_in_one_line_and_it_goes_on(stage, s
     after = grpo.run(cfg, start, here, "search", name)
     assert same(after, grpo.run(cfg, start, setting, "search", name))  # which is made once and then read
     assert [line["step"] for line in lines(here, name)] == [1, 2, 3, 4, 5]
+
+
+def test_a_mistake_found_on_the_way_loses_no_step(stage, monkeypatch):
+    (setting, start), original = stage, groups.Reinforced.next
+
+    def mistaken(self, state):
+        if int(state.step) == 3:
+            raise ConfigError("GrpoConfig.reward gave nan")
+        return original(self, state)
+
+    monkeypatch.setattr(groups.Reinforced, "next", mistaken)
+    with pytest.raises(ConfigError) as caught:
+        grpo.run(CFG, start, setting, "search", "mistaken")
+    assert str(caught.value) == "GrpoConfig.reward gave nan; mistaken is saved at step 3"
+    assert checkpoint.latest(setting.directory("mistaken") / "checkpoints") == 3
 
 
 def test_where_no_group_teaches_nothing_moves(stage):

@@ -77,7 +77,7 @@ def test_no_token_of_the_held_out_runs_is_unknown_to_the_cells_of_the_grid_that_
         source = sft.Curriculum(stage, data, setting)
         steps = range(min(stage.steps, 250))
         seen = {t for s in steps for t in np.unique(source.next(TrainState(np.int32(s), None, None, None))[0].tokens).tolist()}
-        tasks = horizon_cell.judged_by(cell.families["search"], tuple(sorted(cell.heldout.items())), "heldout")
+        tasks = experts.tasks(cell.families["search"], cell.heldout, "heldout", 0)
         judged = {int(t) for task in tasks for t in experts.example(solve(task), 0, setting.tokenizer, False).tokens}
         assert len(judged) > 100 and judged <= seen, name
 

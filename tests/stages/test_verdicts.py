@@ -15,7 +15,7 @@ from a1jax.rollout.remote_judge import RemoteJudge
 from a1jax.stages import evaluate, experts, groups, task_pool, verdicts
 from a1jax.stages.grpo import GrpoConfig
 from a1jax.types import ABORTED, FAILED, FINISHED, TRUNCATED, Rollout, Trajectory
-from tests.rollout.judge_endpoint import says, serving
+from tests.rollout.judge_endpoint import says
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CFG = GrpoConfig(prompts=1, samples=4)
@@ -164,12 +164,6 @@ def test_a_judge_in_a_config_is_saved_loaded_overridden_and_checked(tmp_path):
             make(judge=bind(RemoteJudge, base_url="x", model="m"))
         with pytest.raises(ConfigError, match="bind what by_rules needs: .*'rules'"):
             make(judge=bind(by_rules))
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with serving(monkeypatch) as found:
-        yield found
 
 
 def remote(server, **more):
