@@ -34,8 +34,8 @@ Reinforcement, success while sampling, first fifth of the steps -> last: search 
 of equal rewards are dropped; 8 steps of long-context questions change nothing that can be told (23-26 -> 12-33).
 How stage 3 was set: by success while sampling, and by the admission tasks of seeds 0 and 1, not by held-out tasks. Seed 0 with 400 steps
 83.1 % there; seed 1 after 80 steps: 75.2, Jensen-Shannon 75.7, 45 steps of 16 prompts 74.9. The high rate first costs what stage 1 learnt
-(general 92 -> 78 while sampling) and its fall gives it back. 16 slots for 48: the rollouts of a step take 1.2 s instead of 1.8 (the latter on
-a busier machine), as fewer wait for the longest.
+(general 92 -> 78 while sampling) and its fall gives it back. 16 slots for 48: the rollouts of a step take 1.2 s instead of 1.8 (that on a
+busier machine), as fewer wait for the longest.
 Before (two seeds, 900 steps of stage 1, 250 of stage 3 with 12 prompts in equal shares of lengths, commits 2e0fc60 and 8040b9c): SFT 56.7,
 SFT continued 75.8, teachers 82.3, student 72.1, 88 % of the teachers and below SFT continued.
 """
