@@ -77,7 +77,7 @@ FAMILIES = {
 }
 DERIVATIONS, REGISTER = Science(tools=False), LongContext(tokens=150, distractors=0)
 LENGTHS = {  # of held-out tasks, in steps of each domain
-    "search": (1, 2, 4, 6),
+    "search": (2, 4, 6, 8),
     "engineering": (1, 2, 3),
     "science": (1, 2, 3, 4),
     "instruction_following": (1, 2, 3, 4),
@@ -170,10 +170,10 @@ def teachers(limits: Limits) -> dict:
     constraints, register = Prompts(LENGTHS["instruction_following"]), Prompts((1,), REGISTER)
     return {
         "search": recipes.search(
-            Runs({3: 80, 4: 80, 5: 40, 6: 20}),
-            dataclasses.replace(sft, steps=80),
-            dataclasses.replace(grpo, rows=40),
-            (Prompts((4, 5, 6)),),
+            Runs({4: 80, 5: 40, 6: 80, 7: 40, 8: 80}),
+            dataclasses.replace(sft, steps=120),
+            dataclasses.replace(grpo, rows=44),
+            (Prompts((6, 7, 8)),),
             candidates=128,
         ),
         "engineering": recipes.sft_then_grpo(
