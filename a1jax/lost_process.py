@@ -38,6 +38,8 @@ class Watch:
         self.going_on: Callable[[], str] = lambda: "it goes on from the last checkpoint"
         self.seen: dict[int, tuple[str, float]] = {}
         self.began, self.ending = time.monotonic(), False
+        self.lock, self.said = threading.Lock(), False
+        self.blind: float | None = None  # since when the store does not answer any more
         self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)  # kept: C has its address only
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
@@ -51,9 +53,12 @@ class Watch:
                 number += 1
                 store.put(f"beat/{store.process}", str(number))
                 self._look(store.entries("beat"), time.monotonic())
-                reasons = store.entries("ended")
+                lost, reasons = store.entries("lost"), store.entries("ended")
             except Exception:  # the coordinator is gone: whoever asks next sees that for himself
+                self.blind = time.monotonic()
                 return
+            if lost:
+                self.end(next(iter(lost.values())))
             others = [(who, text) for who, text in sorted(reasons.items()) if int(who) != store.process]
             if others and not interruption.is_told():
                 time.sleep(LINGER / 2)  # all may have met the same error, and say it themselves
@@ -67,8 +72,15 @@ class Watch:
                 self.seen[int(who)] = (beat, now)
 
     def silent(self) -> dict[int, float]:
-        now, others = time.monotonic(), set(range(self.store.processes)) - {self.store.process}
+        now, others = self.blind or time.monotonic(), set(range(self.store.processes)) - {self.store.process}
         return {who: now - self.seen.get(who, ("", self.began))[1] for who in sorted(others)}
+
+    def wait_missing(self) -> str:
+        """Who is missing, where it is known that one is: it takes a few seconds of silence until that is clear."""
+        until = time.monotonic() + SILENT + 3 * BEAT
+        while not (why := self.missing()) and not self.blind and time.monotonic() < until:
+            time.sleep(BEAT / 4)
+        return why
 
     def missing(self) -> str:
         """Who, as a sentence; "" where nobody is."""
@@ -81,18 +93,25 @@ class Watch:
         return f"{names} of {self.store.processes} {'was' if len(gone) == 1 else 'were'} lost (silent for {min(gone.values()):.0f} s)"
 
     def end(self, why: str) -> None:
-        """The line, in one write, and the end."""
+        """The line, in one write, and the end; the coordinator's a little later, or others would take it for the lost one."""
+        with self.lock:
+            if self.said:  # by another thread, which ends the process
+                time.sleep(2 * LINGER)
+            self.said = True
         try:
             on = self.going_on()
         except Exception as error:
             on = f"the last checkpoint could not be looked up ({error})"
+        if self.store.process == 0:  # told to those whose collective only hangs; in a thread, as the store may not answer any more
+            threading.Thread(target=self.store.put, args=("lost/0", why), daemon=True).start()
+            time.sleep(LINGER)
         os.write(2, f"\na1jax: {why}; start the same command again on every host: {on}\n".encode())
         os._exit(LOST)
 
     def _aborted(self, number: int) -> None:
         """Runs in whichever thread called abort(), before the process dies of it. Returning lets it die as before."""
-        why = "" if self.ending else self.missing()
-        if why:
+        why = "" if self.ending else self.wait_missing()
+        if why or self.said:
             self.end(why)
 
 
@@ -125,10 +144,7 @@ def part(error: BaseException) -> None:
     """
     for each in _watches:
         if _may_be_a_loss(error):
-            until = time.monotonic() + SILENT + 3 * BEAT
-            while not (why := each.missing()) and time.monotonic() < until:
-                time.sleep(BEAT / 4)
-            if why:
+            if why := each.wait_missing():
                 each.end(why)
         each.ending = True
         with contextlib.suppress(Exception):  # no coordinator, nobody to be told
