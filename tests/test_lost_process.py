@@ -76,7 +76,11 @@ def start(*folders, pause=0.0, processes=2, heartbeat=10):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
-            [*words, f"{rank},{processes},{heartbeat}", str(pause), *map(str, folders)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [*words, f"{rank},{processes},{heartbeat}", str(pause), *map(str, folders)],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(processes)
     ]
