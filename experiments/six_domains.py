@@ -86,7 +86,8 @@ LENGTHS = {  # of held-out tasks, in steps of each domain
 }
 
 
-PRACTICE = LENGTHS | {  # of the student's prompts: the long ones, which stage 1 has few of, come more often
+PRACTICE = LENGTHS | {  # of the student's prompts: the long ones, which stage 1 has few or none of, come more often
+    "search": (2, 4, 6, 8, 8),
     "engineering": (1, 2, 3, 3),
     "science": (1, 2, 3, 3, 4, 4),
     "tool_calling": (2, 4, 6, 6, 8, 8),
@@ -134,7 +135,7 @@ def get_config(arg: str = "") -> Experiment:
             max_length=512,
             k=16,
             mode="tail",  # the paper's "salient" is blind outside the k best, see the README
-            optimizer=bind(optim.muon, learning_rate=0.006, table_learning_rate=0.006, final=0.05),
+            optimizer=bind(optim.muon, learning_rate=0.003, table_learning_rate=0.003, final=0.05),
             limits=dataclasses.replace(limits, slots=16, temperature=1.0),  # fewer than the runs of a step: less waits for the longest
         ),
         evaluation=held_out(50),
