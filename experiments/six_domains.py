@@ -77,7 +77,7 @@ FAMILIES = {
 }
 DERIVATIONS, REGISTER = Science(tools=False), LongContext(tokens=150, distractors=0)
 LENGTHS = {  # of held-out tasks, in steps of each domain
-    "search": (2, 4, 6, 8),
+    "search": (3, 4, 5, 6),
     "engineering": (1, 2, 3),
     "science": (1, 2, 3, 4),
     "instruction_following": (1, 2, 3, 4),
@@ -86,8 +86,7 @@ LENGTHS = {  # of held-out tasks, in steps of each domain
 }
 
 
-PRACTICE = LENGTHS | {  # of the student's prompts: the long ones, which stage 1 has few or none of, come more often
-    "search": (2, 4, 6, 8, 8),
+PRACTICE = LENGTHS | {  # of the student's prompts: the long ones, which stage 1 has few of, come more often
     "engineering": (1, 2, 3, 3),
     "science": (1, 2, 3, 3, 4, 4),
     "tool_calling": (2, 4, 6, 6, 8, 8),
@@ -171,10 +170,10 @@ def teachers(limits: Limits) -> dict:
     constraints, register = Prompts(LENGTHS["instruction_following"]), Prompts((1,), REGISTER)
     return {
         "search": recipes.search(
-            Runs({4: 80, 5: 40, 6: 80, 7: 40, 8: 80}),
-            dataclasses.replace(sft, steps=120),
-            dataclasses.replace(grpo, rows=44),
-            (Prompts((6, 7, 8)),),
+            Runs({3: 80, 4: 80, 5: 80, 6: 80}),
+            dataclasses.replace(sft, steps=160, optimizer=bind(optim.muon, learning_rate=0.005, table_learning_rate=0.005)),
+            dataclasses.replace(grpo, steps=16, rows=40),
+            (Prompts((4, 5, 6)),),
             candidates=128,
         ),
         "engineering": recipes.sft_then_grpo(
