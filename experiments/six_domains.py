@@ -170,9 +170,9 @@ def teachers(limits: Limits) -> dict:
     constraints, register = Prompts(LENGTHS["instruction_following"]), Prompts((1,), REGISTER)
     return {
         "search": recipes.search(
-            Runs({3: 80, 4: 80, 5: 80, 6: 80}),
-            dataclasses.replace(sft, steps=160, optimizer=bind(optim.muon, learning_rate=0.005, table_learning_rate=0.005)),
-            dataclasses.replace(grpo, steps=16, rows=40),
+            Runs({3: 80, 4: 80, 5: 40, 6: 20}),
+            dataclasses.replace(sft, steps=80),
+            dataclasses.replace(grpo, steps=24, rows=40),
             (Prompts((4, 5, 6)),),
             candidates=128,
         ),
