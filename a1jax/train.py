@@ -176,6 +176,8 @@ def fit(
 
     try:
         with interruption.listening(), interruption.holding(), lost_process.going_on(lambda: _from_where(stage, directory)):
+            # Committed to where it lies, as what a checkpoint gives: for others jax compiles another program, which may round otherwise.
+            state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
             found = checkpoint.restore(manager, state)
             if found is not None:
                 state, extra, _ = found

@@ -88,7 +88,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def compile_for_tpu():
+def flags_for_tpu() -> str:
+    """XLA_FLAGS of a process that loads libtpu."""
+    return os.environ["XLA_FLAGS"].replace(OLD_FUSIONS, "")
+
+
+@pytest.fixture(scope="session")
+def compile_for_tpu(flags_for_tpu):
     """compile_for_tpu(script, *programs) -> the lines of JSON that a script below tests/ prints, one a program (words), in a process that
     sees no device but the CPU. Skips where the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
@@ -97,8 +103,8 @@ def compile_for_tpu():
     def run(script, *programs):
         words = [str(word) for program in programs for word in program]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        flags = os.environ["XLA_FLAGS"].replace(OLD_FUSIONS, "")
-        command, env = [sys.executable, str(ROOT / "tests" / script), *words], os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags}
+        env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags_for_tpu}
+        command = [sys.executable, str(ROOT / "tests" / script), *words]
         result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
         assert result.returncode == 0, result.stderr[-4000:]
         lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

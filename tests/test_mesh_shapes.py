@@ -113,8 +113,8 @@ print("placed")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu")
-def test_described_chips_are_laid_along_their_wires():
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env.pop("XLA_FLAGS", None)  # libtpu refuses some of the CPU's
+def test_described_chips_are_laid_along_their_wires(flags_for_tpu):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_tpu}
+    env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", DESCRIBED], env=env, capture_output=True, text=True, timeout=240)
     assert "placed" in done.stdout, done.stderr[-2000:]

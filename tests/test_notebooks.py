@@ -114,7 +114,7 @@ def test_ruff_finds_nothing():
         assert done.returncode == 0, done.stdout
 
 
-def executed(name, folder, changed=""):
+def executed(name, folder, changed="", **environment):
     """The notebook after it ran in folder/notebooks, beside this checkout's experiments; changed: a cell put after its parameters."""
     (folder / "notebooks").mkdir()
     (folder / "experiments").symlink_to(ROOT / "experiments")
@@ -122,9 +122,9 @@ def executed(name, folder, changed=""):
     if changed:
         book.cells.insert(book.cells.index(code_of(book)[0]) + 1, nbformat.v4.new_code_cell(changed))
     nbformat.write(book, path)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout)
     return read(path)
@@ -141,10 +141,11 @@ def shown(book):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_top_to_bottom(name, tmp_path):
+def test_runs_top_to_bottom(name, tmp_path, flags_for_tpu):
     if name == "05_pod_planning":
         pytest.importorskip("libtpu")
-    pages = shown(executed(name, tmp_path, SMALLER.get(name, "")))
+    environment = {"XLA_FLAGS": flags_for_tpu} if name == "05_pod_planning" else {}
+    pages = shown(executed(name, tmp_path, SMALLER.get(name, ""), **environment))
     assert any("<table" in page for page in pages) and any("<img" in page for page in pages)
 
 

@@ -26,7 +26,8 @@ def test_norms_by_hand():
 
 def test_silu_by_tanh_is_silu():
     x = jnp.linspace(-30, 30, 400)
-    np.testing.assert_allclose(layers.silu(x), x / (1 + np.exp(-np.asarray(x, np.float64))), atol=2e-6)
+    tolerance = 30 * 2.0**-23  # tanh of large numbers is one but for a rounding, and x times that is left
+    np.testing.assert_allclose(layers.silu(x), x / (1 + np.exp(-np.asarray(x, np.float64))), atol=tolerance)
 
 
 def test_linear_has_the_gradient_of_a_matmul():
