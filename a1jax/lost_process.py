@@ -95,7 +95,7 @@ class Watch:
     def end(self, why: str) -> None:
         """The line, in one write, and the end; the coordinator's a little later, or others would take it for the lost one."""
         with self.lock:
-            if self.said:  # by another thread, which ends the process
+            if self.said:
                 time.sleep(2 * LINGER)
             self.said = True
         try:
@@ -111,8 +111,10 @@ class Watch:
     def _aborted(self, number: int) -> None:
         """Runs in whichever thread called abort(), before the process dies of it. Returning lets it die as before."""
         why = "" if self.ending else self.wait_missing()
-        if why or self.said:
+        if why:
             self.end(why)
+        elif self.said:  # by another thread, which ends the process
+            time.sleep(2 * LINGER)
 
 
 _watches: list[Watch] = []  # the process's, which ends with it
