@@ -192,6 +192,6 @@ def test_a_long_batch_is_quick(pair, write):
         turns.append(positions.Turn(*ids, *(np.arange(a, a + len(x)) for a, x in zip(at, ids, strict=True)), text))
         at += [len(x) for x in ids]
     positions.positions(turns[:1], made.map)
-    began = time.process_time()
+    began = time.thread_time()
     got = positions.positions(turns, made.map)
-    assert time.process_time() - began < 1.0 and got.report()["positions"] == at[0] > 10_000
+    assert time.thread_time() - began < 1.0 and got.report()["positions"] == at[0] > 10_000
