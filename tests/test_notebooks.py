@@ -114,17 +114,19 @@ def test_ruff_finds_nothing():
         assert done.returncode == 0, done.stdout
 
 
-def executed(name, folder, changed="", **environment):
-    """The notebook after it ran in folder/notebooks, beside this checkout's experiments; changed: a cell put after its parameters."""
+def executed(name, folder, changed, flags_for_tpu):
+    """The notebook after it ran in folder/notebooks, beside this checkout's experiments; changed: put after its parameters, or ""."""
     (folder / "notebooks").mkdir()
     (folder / "experiments").symlink_to(ROOT / "experiments")
     path, book = folder / "notebooks" / f"{name}.ipynb", read(ROOT / "notebooks" / f"{name}.ipynb")
     if changed:
         book.cells.insert(book.cells.index(code_of(book)[0]) + 1, nbformat.v4.new_code_cell(changed))
     nbformat.write(book, path)
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    if name == "05_pod_planning":
+        environment["XLA_FLAGS"] = flags_for_tpu
     command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout)
     return read(path)
@@ -144,8 +146,7 @@ def shown(book):
 def test_runs_top_to_bottom(name, tmp_path, flags_for_tpu):
     if name == "05_pod_planning":
         pytest.importorskip("libtpu")
-    environment = {"XLA_FLAGS": flags_for_tpu} if name == "05_pod_planning" else {}
-    pages = shown(executed(name, tmp_path, SMALLER.get(name, ""), **environment))
+    pages = shown(executed(name, tmp_path, SMALLER.get(name, ""), flags_for_tpu))
     assert any("<table" in page for page in pages) and any("<img" in page for page in pages)
 
 
@@ -153,8 +154,8 @@ def test_runs_top_to_bottom(name, tmp_path, flags_for_tpu):
 @pytest.mark.parametrize(
     ("name", "changed"), [("01_quickstart", ""), ("02_horizon_vs_params", "SWEEP = None"), ("04_moe_routing", ""), ("05_pod_planning", "")]
 )
-def test_runs_as_a_reader_gets_it(name, changed, tmp_path):
+def test_runs_as_a_reader_gets_it(name, changed, tmp_path, flags_for_tpu):
     """01, 04 and 05 as they lie there, and 02 making its own sweep."""
     if name == "05_pod_planning":
         pytest.importorskip("libtpu")
-    assert shown(executed(name, tmp_path, changed))
+    assert shown(executed(name, tmp_path, changed, flags_for_tpu))

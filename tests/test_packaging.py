@@ -148,6 +148,7 @@ def test_ci_runs_the_quick_tests_on_a_newer_python_where_there_is_one(tmp_path, 
 def test_ci_runs_the_whole_line_in_a_fresh_environment(tmp_path):
     """With nothing to install from, the line fails; what follows it on the line tells where it ran."""
     line = 'pip install -e ".[test]" && pytest || { echo ran in "$(which python)"; pip list --format=freeze; exit 3; }'
-    done, left = _ci(tmp_path, f"To test:\n\n    {line}\n")
+    home = str(tmp_path / "home")  # where no newer Python is found, whose environment would be made beside it
+    done, left = _ci(tmp_path, f"To test:\n\n    {line}\n", HOME=home, PYTHON=sys.executable)
     assert done.returncode == 3 and left == []
     assert f"ran in {tmp_path / 'tmp'}/" in done.stdout and "pip==" in done.stdout and "jax==" not in done.stdout
